@@ -1,0 +1,100 @@
+"""The program `stratagem`: one file per verb, each of which parses, calls `programs`, and prints.
+
+    stratagem VERB [arguments]        stratagem VERB --help
+
+Exit codes: 0 done; 2 the input is wrong; 3 an artifact is damaged; 4 training met NaN or infinity;
+130 and 143 stopped by a signal, after a checkpoint. Errors are one line on stderr.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from stratagem import __version__
+
+__all__ = ["main"]
+
+# verb -> (module, function, what it does); modules are imported when their verb is called
+VERBS = {
+    "demo": ("demo", "demo", "both methods on real images, ends with a report"),
+    "prepare": ("prepare", "prepare", "a folder of images -> a data set"),
+    "bank build": ("bank", "build", "a data set -> a memory bank"),
+    "bank info": ("bank", "info", "what a memory bank holds"),
+    "stages": ("stages", "stages", "a data set -> stages of the noise axis"),
+    "train": ("train", "train", "a configuration -> a run; again: goes on"),
+    "sample": ("sample", "sample", "a run -> images"),
+    "evaluate": ("evaluate", "evaluate", "a run or samples -> quality and memorisation"),
+    "compare": ("compare", "compare", "evaluated runs -> a report"),
+    "doctor": ("doctor", "doctor", "what is installed, what clashes, and the fix"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in {"-h", "--help", "help"}:
+        print(_usage())
+        return 0
+    if words[0] in {"-V", "--version"}:
+        print(f"stratagem {__version__}")
+        return 0
+    verb = " ".join(words[:2]) if words[0] == "bank" else words[0]
+    if verb not in VERBS:
+        return _fail(_unknown(verb), 2)
+    return _run(verb, words[len(verb.split()) :])
+
+
+def _run(verb: str, words: list[str]) -> int:
+    import tyro
+
+    from stratagem.errors import StratagemError
+
+    logging.basicConfig(format="stratagem: %(message)s", level=logging.WARNING)
+    module, name, _ = VERBS[verb]
+    function = getattr(importlib.import_module(f"stratagem.cli.{module}"), name)
+    try:
+        tyro.cli(function, prog=f"stratagem {verb}", args=words)
+    except StratagemError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("stopped; the same command goes on from what is finished", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
+    return 0
+
+
+def _usage() -> str:
+    lines = [
+        "usage: stratagem VERB [arguments]",
+        "",
+        "Train image diffusion and flow models in a fraction of the usual epochs.",
+        "",
+        *(f"  {verb:<12} {what}" for verb, (_, _, what) in VERBS.items()),
+        "",
+        "stratagem VERB --help tells more. Start with:  stratagem demo",
+    ]
+    return "\n".join(lines)
+
+
+def _unknown(verb: str) -> str:
+    known = [v for v in VERBS if v.startswith(verb.split(maxsplit=1)[0] + " ")] or list(VERBS)
+    near = difflib.get_close_matches(verb, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+    return f"unknown verb {verb!r}; {hint}"
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"stratagem: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Finding the stages: closed-form optimal denoiser -> agreement of noise levels -> partition."""

@@ -1,0 +1,202 @@
+"""Cutting the noise axis: the paper's two thresholds, and exact partitions of a time grid.
+
+Thresholds (arXiv 2312.09181, eq. 6-7), with S0, S1 the agreement with the clean and the noise end:
+
+    t1 = max { tau : mean of S0 over [0, tau] >= alpha }
+    t2 = min { tau : mean of S1 over [tau, 1] >= alpha }
+
+S0 need not fall monotonically (it may return to 1 near pure noise), so "max" is read as the first
+crossing when one walks away from the end.
+
+Partitions: T cells in a row are cut into K contiguous stages of least total cost, a stage of cells
+i..j-1 costing cost[i, j]. A dynamic programme finds the optimum in O(K T^2):
+
+    best_k[j] = min_i best_{k-1}[i] + cost[i, j],    min_cells <= j - i <= max_cells
+
+What differs between criteria is the cost matrix alone: `within_cost` (agreement inside a stage),
+`spread_cost` (log-SNR or time), `affinity_cost` (any affinity to the cell in the middle).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from stratagem.errors import InputError
+
+__all__ = [
+    "affinity_cost",
+    "split",
+    "spread_cost",
+    "thresholds",
+    "total_cost",
+    "within_cost",
+]
+
+
+def thresholds(
+    times: Tensor, to_clean: Tensor, to_noise: Tensor, alpha: float
+) -> tuple[float, float]:
+    """Returns the paper's two cuts t1 < t2, which make three stages.
+
+    Args:
+        times: Increasing times, an even grid or sorted uniform draws, shape (T,).
+        to_clean: Agreement S0 with the clean end, shape (T,).
+        to_noise: Agreement S1 with the noise end, shape (T,).
+        alpha: Least mean agreement of an end stage with its end, in (0, 1].
+
+    Raises:
+        InputError: If an end stage would hold no time or all times, or if the two overlap.
+
+    Reference: arXiv 2312.09181, eq. 6-7 and Algorithm 1.
+
+    Example:
+        >>> curve = torch.tensor([1.0, 1.0, 0.4, 0.0, 0.0])
+        >>> thresholds(torch.arange(5.0), curve, curve.flip(0), 0.9)
+        (1.0, 3.0)
+    """
+    num_clean = _reach(to_clean, alpha, "clean")
+    num_noise = _reach(to_noise.flip(0), alpha, "noise")
+    t1, t2 = float(times[num_clean - 1]), float(times[len(times) - num_noise])
+    if t1 >= t2:
+        raise InputError(
+            f"the clean and the noise stage overlap (up to t = {t1:.3f}, from t = {t2:.3f}): "
+            f"raise alpha = {alpha:g} or lower eta"
+        )
+    return t1, t2
+
+
+def _reach(agreement: Tensor, alpha: float, end: str) -> int:
+    """Returns how many entries from the start have all their running means at alpha or above."""
+    running = agreement.double().cumsum(0) / torch.arange(1, len(agreement) + 1)
+    below = (running < alpha).nonzero()
+    if len(below) == 0:
+        raise InputError(
+            f"agreement with the {end} end never falls under alpha = {alpha:g} "
+            f"(its mean over all times is {running[-1]:.3f}): raise alpha or lower eta"
+        )
+    first = int(below[0])
+    if first == 0:
+        raise InputError(
+            f"agreement next to the {end} end is {running[0]:.3f}, under alpha = {alpha:g}: "
+            "lower alpha, raise eta, or use method 'dp'"
+        )
+    return first
+
+
+def split(
+    cost: Tensor, num_stages: int, *, min_cells: int = 1, max_cells: int | None = None
+) -> list[int]:
+    """Cuts a row of T cells into contiguous stages of least total cost.
+
+    Exact dynamic programme, O(num_stages T^2). Of equal costs, the earliest last cut wins.
+
+    Args:
+        cost: cost[i, j] of one stage of cells i..j-1, shape (T+1, T+1); read for i < j only.
+        num_stages: Number of stages K, at least 1.
+        min_cells: Fewest cells of a stage, at least 1.
+        max_cells: Most cells of a stage; T by default.
+
+    Returns:
+        The K-1 inner cuts, increasing: a stage ends before cell `cut`, the next begins with it.
+
+    Raises:
+        InputError: If no partition has these sizes.
+
+    Example:
+        >>> split(spread_cost(torch.tensor([0.0, 0.1, 0.2, 5.0, 5.1])), 2)
+        [3]
+    """
+    num_cells = len(cost) - 1
+    max_cells = num_cells if max_cells is None else max_cells
+    if num_stages < 1 or not num_stages * min_cells <= num_cells <= num_stages * max_cells:
+        raise InputError(
+            f"cannot cut {num_cells} cells into {num_stages} stages of {min_cells} to {max_cells} "
+            "cells: ask for fewer stages or more times"
+        )
+    index = torch.arange(num_cells + 1)
+    size = index[None, :] - index[:, None]
+    allowed = (size >= max(1, min_cells)) & (size <= max_cells)
+    step = torch.where(allowed, cost.double(), torch.inf)
+    best = torch.full((num_cells + 1,), torch.inf, dtype=torch.float64)
+    best[0] = 0.0
+    origins = []
+    for _ in range(num_stages):
+        total = (best[:, None] + step).numpy()
+        # numpy's argmin takes the first of equal values; torch's promises nothing.
+        origins.append(total.argmin(axis=0))
+        best = torch.from_numpy(total.min(axis=0))
+    cuts, j = [], num_cells
+    for origin in reversed(origins):
+        j = int(origin[j])
+        cuts.append(j)
+    return cuts[-2::-1]
+
+
+def total_cost(cost: Tensor, cuts: Sequence[int]) -> float:
+    """Returns the cost of the stages between cuts, with cost[i, j] as in `split`.
+
+    Example:
+        >>> total_cost(within_cost(torch.eye(4)), [2])
+        -0.5
+    """
+    bounds = [0, *cuts, len(cost) - 1]
+    return sum(float(cost[i, j]) for i, j in pairwise(bounds))
+
+
+def within_cost(similarity: Tensor, *, by_size: bool = True) -> Tensor:
+    """Returns cost[i, j] = -w mean of similarity[i:j, i:j] with its diagonal, (T, T) -> (T+1, T+1).
+
+    With `by_size`, w = (j - i) / T: the total is the mean over all cells of a cell's agreement with
+    a random cell of its own stage, negated. Without, w = 1, the objective of the code released with
+    arXiv 2312.09181: a single cell, which agrees with itself, then counts as much as a long stage,
+    so `split` needs a least size, and its stages tend to have just that.
+    """
+    num_cells = len(similarity)
+    corner = torch.zeros(num_cells + 1, num_cells + 1, dtype=torch.float64)
+    corner[1:, 1:] = similarity.double().cumsum(0).cumsum(1)  # corner[i, j] = sum of [:i, :j]
+    own = corner.diagonal()
+    block = own[None, :] - corner - corner.T + own[:, None]
+    index = torch.arange(num_cells + 1)
+    size = (index[None, :] - index[:, None]).clamp(min=1)
+    return -block / (size * num_cells if by_size else size.square())
+
+
+def spread_cost(values: Tensor) -> Tensor:
+    """Returns cost[i, j] = sum over cells c of |values[c] - values[middle]|, (T,) -> (T+1, T+1).
+
+    `middle` is cell (i + j) // 2. With values = log-SNR this is the SNR clustering of
+    arXiv 2306.00354; with values = t, the even one.
+
+    Args:
+        values: One number per cell, increasing or decreasing, finite, shape (T,).
+    """
+    num_cells = len(values)
+    prefix = torch.zeros(num_cells + 1, dtype=torch.float64)
+    prefix[1:] = values.double().cumsum(0)
+    index = torch.arange(num_cells + 1)
+    i, j = index[:, None], index[None, :]
+    middle = ((i + j) // 2).clamp(max=num_cells - 1)
+    # Monotone values: those before the middle lie on one side of it, those after on the other.
+    centre = values.double()[middle]
+    before = (middle - i) * centre - (prefix[middle] - prefix[i])
+    after = (prefix[j] - prefix[middle]) - (j - middle) * centre
+    return (before + after).abs()
+
+
+def affinity_cost(affinity: Tensor) -> Tensor:
+    """Returns cost[i, j] = -sum over cells c of affinity[middle, c], (T, T) -> (T+1, T+1).
+
+    `middle` is cell (i + j) // 2: interval clustering of arXiv 2306.00354 for any task affinity,
+    such as the cosine of gradients.
+    """
+    num_cells = len(affinity)
+    prefix = torch.zeros(num_cells, num_cells + 1, dtype=torch.float64)
+    prefix[:, 1:] = affinity.double().cumsum(1)
+    index = torch.arange(num_cells + 1)
+    i, j = index[:, None], index[None, :]
+    middle = ((i + j) // 2).clamp(max=num_cells - 1)
+    return prefix[middle, i] - prefix[middle, j]

@@ -1,0 +1,1 @@
+"""Real images: reading (`images`), storing (`shards`), and where they come from (`datasets`)."""

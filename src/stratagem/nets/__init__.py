@@ -1,0 +1,1 @@
+"""Networks: tensors in, tensor out. They know no noise schedule, no memory bank and no training."""

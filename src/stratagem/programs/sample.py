@@ -1,0 +1,201 @@
+"""`stratagem sample`: images from a run.
+
+    x_T ~ N(0, I)  ->  solver over `steps` intervals  ->  uint8 images
+
+Image j is a function of the run, the settings and (seed, j): neither the batch size nor how many
+are made changes it. For a run with memory the artifact says which snippet made which image.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stratagem import artifact, randomness
+from stratagem.assemble import Model
+from stratagem.data.images import to_uint8
+from stratagem.errors import InputError
+from stratagem.grid import time_grid
+from stratagem.memory.draw import Policy, draw
+from stratagem.programs import Progress, silent
+from stratagem.sampler import (
+    DDIM,
+    DPMSolver2M,
+    Euler,
+    EulerMaruyama,
+    Heun,
+    Sampler,
+    sample,
+)
+
+__all__ = ["SampleConfig", "Samples", "load_images", "make_solver", "sample_run", "save_samples"]
+
+KIND = "samples"
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How to sample.
+
+    Attributes:
+        num: How many images.
+        seed: Seed of noise and snippets.
+        sampler: The solver.
+        steps: Intervals of the time grid.
+        snippets: Which rows of the bank, see `memory.draw`; only for a run with memory.
+        label: The class: of the snippets with "label", or of a run conditioned on classes.
+        batch_size: Images sampled at once.
+    """
+
+    num: int = 64
+    seed: int = 0
+    sampler: Literal["euler", "ddim", "heun", "dpm++2m", "euler-maruyama"] = "heun"
+    steps: int = 50
+    snippets: Policy = "train"
+    label: int | None = None
+    batch_size: int = 256
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Sampled images and where they come from.
+
+    Attributes:
+        images: uint8, (N, C, H, W).
+        snippets: Row of the bank behind each image, (N,), or None.
+        labels: Class behind each image, (N,), or None.
+    """
+
+    images: Tensor
+    snippets: Tensor | None
+    labels: Tensor | None
+
+
+def sample_run(model: Model, cfg: SampleConfig, *, progress: Progress = silent) -> Samples:
+    """Samples images from a trained run.
+
+    Raises:
+        InputError: If a setting is impossible or does not go with the run.
+    """
+    _check(model, cfg)
+    snippets = labels = None
+    if model.bank is not None:
+        snippets = draw(model.bank, cfg.num, cfg.snippets, cfg.seed, cfg.label)
+    if model.num_classes:
+        labels = _labels(cfg, model.num_classes)
+    solver, times = make_solver(cfg.sampler), time_grid(cfg.steps)
+    sigma = float(model.denoiser.schedule.sigma(times[0]))
+    images = torch.empty((cfg.num, *model.shape), dtype=torch.uint8)
+    for start in range(0, cfg.num, cfg.batch_size):
+        rows = slice(start, min(start + cfg.batch_size, cfg.num))
+        seeds = [(cfg.seed << 40) + j for j in range(rows.start, rows.stop)]
+        condition: dict[str, Any] = {}
+        if model.bank is not None and snippets is not None:
+            condition["memory"] = model.bank.lookup(snippets[rows])
+        if labels is not None:
+            condition["label"] = labels[rows]
+        start_noise = randomness.normal_rows(seeds, model.shape, "start")
+        x = sample(model.denoiser, solver, sigma * start_noise, times, seeds=seeds, **condition)
+        images[rows] = to_uint8(x)
+        progress(rows.stop, cfg.num)
+    return Samples(images, snippets, labels)
+
+
+def save_samples(
+    samples: Samples, out: Path, meta: dict[str, Any], *, form: Literal["png", "npz"] = "png"
+) -> None:
+    """Writes samples as numbered PNGs, or as one npz in ADM's layout (arr_0, uint8, N x H x W x 3).
+
+    Raises:
+        InputError: If `out` exists.
+    """
+    with artifact.write_folder(out, KIND, meta) as folder:
+        pictures = samples.images.permute(0, 2, 3, 1).numpy()
+        if form == "npz":
+            np.savez(folder / "samples.npz", arr_0=np.repeat(pictures, 3 // pictures.shape[-1], -1))
+        else:
+            for number, picture in enumerate(pictures):
+                flat = picture[..., 0] if picture.shape[-1] == 1 else picture
+                Image.fromarray(flat).save(folder / f"{number:06d}.png")
+        made = {
+            "snippets": samples.snippets.tolist() if samples.snippets is not None else None,
+            "labels": samples.labels.tolist() if samples.labels is not None else None,
+        }
+        (folder / "made_from.json").write_text(json.dumps(made))
+
+
+def load_images(path: Path, channels: int) -> Tensor:
+    """Reads the images of a samples artifact, a folder of PNGs or an ADM npz, uint8 (N, C, H, W).
+
+    Args:
+        path: Folder or npz file.
+        channels: 1 or 3, those of the images to compare with.
+
+    Raises:
+        InputError: If there are no images, or of several sizes.
+    """
+    if path.is_dir() and (path / artifact.MANIFEST).is_file():
+        artifact.read_folder(path, KIND)
+    files = [path] if path.suffix == ".npz" else sorted(path.glob("*.npz"))
+    if files:
+        return _from_npz(files[0], channels)
+    names = sorted(path.glob("*.png"))
+    if not names:
+        raise InputError(f"{path} holds no samples: expected PNG files or an npz with arr_0")
+    mode = "L" if channels == 1 else "RGB"
+    arrays = [np.array(Image.open(name).convert(mode)) for name in names]
+    if len({a.shape for a in arrays}) > 1:
+        raise InputError(f"the images in {path} have several sizes: use images of one size")
+    stack = torch.from_numpy(np.stack(arrays))
+    return stack[:, None] if channels == 1 else stack.permute(0, 3, 1, 2).contiguous()
+
+
+def _from_npz(path: Path, channels: int) -> Tensor:
+    try:
+        pictures = np.load(path)["arr_0"]
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(f"{path} is no npz of images with arr_0: {error}") from error
+    if pictures.ndim != 4 or pictures.dtype != np.uint8 or pictures.shape[-1] != 3:
+        raise InputError(f"{path}: arr_0 is {pictures.dtype} {pictures.shape}, not uint8 N,H,W,3")
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2)[:, :channels].contiguous()
+
+
+def make_solver(name: str) -> Sampler:
+    """Returns the solver of a name."""
+    match name:
+        case "euler":
+            return Euler()
+        case "ddim":
+            return DDIM()
+        case "heun":
+            return Heun()
+        case "dpm++2m":
+            return DPMSolver2M()
+        case "euler-maruyama":
+            return EulerMaruyama()
+    raise InputError(f"unknown sampler {name!r}")
+
+
+def _labels(cfg: SampleConfig, num_classes: int) -> Tensor:
+    if cfg.label is not None:
+        return torch.full((cfg.num,), cfg.label)
+    draws = randomness.generator(cfg.seed, "label").random(cfg.num)
+    return torch.from_numpy((draws * num_classes).astype("int64"))
+
+
+def _check(model: Model, cfg: SampleConfig) -> None:
+    if cfg.num < 1 or cfg.steps < 1 or cfg.batch_size < 1:
+        raise InputError("--num, --steps and --batch-size must be at least 1")
+    if model.bank is None and cfg.snippets != "train":
+        raise InputError("--snippets has no effect: this run was trained without memory")
+    if cfg.label is not None and model.bank is None and not model.num_classes:
+        raise InputError("--label has no effect: this run knows no classes")
+    if cfg.label is not None and model.num_classes and not 0 <= cfg.label < model.num_classes:
+        raise InputError(f"--label {cfg.label}: this run has classes 0 to {model.num_classes - 1}")

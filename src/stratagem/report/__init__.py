@@ -1,0 +1,1 @@
+"""Reports: line charts, tables and image grids in one self-contained HTML page."""

