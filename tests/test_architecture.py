@@ -178,6 +178,8 @@ def test_import_is_quiet() -> None:
         "assert torch.equal(s, torch.get_rng_state()); assert n == torch.get_num_threads();"
         "assert torch.get_default_dtype() is torch.float32; assert torch.is_grad_enabled()"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, check=False
+    )
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout == b""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from stratagem.errors import DamagedArtifact, InputError
 from stratagem.memory.bank import MemoryBank, build
-from stratagem.memory.draw import draw
+from stratagem.memory.draw import Policy, draw
 from tolerances import FLOAT32, assert_near
 
 ENCODER = {"name": "weighted", "parts": [1, 2]}
@@ -258,7 +258,7 @@ def test_mean_cosine_is_that_of_different_rows() -> None:
 
 # --- drawing -----------------------------------------------------------------------------------
 
-ALL = ["uniform", "train", "held-out", "label", "stratified"]
+ALL = get_args(Policy)
 
 
 def draws(bank: MemoryBank, num: int, policy: Any, seed: int = 0) -> Tensor:

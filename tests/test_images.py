@@ -12,6 +12,7 @@ from PIL import Image
 
 from stratagem.data.images import (
     BadImage,
+    Listing,
     center_crop,
     find_images,
     load_image,
@@ -74,9 +75,7 @@ def test_labels_come_from_first_level_folders(tmp_path: Path) -> None:
 
 def test_a_flat_folder_has_no_classes(tmp_path: Path) -> None:
     save(tmp_path / "x.png", noise(2, 2))
-    listing = find_images(tmp_path)
-    assert listing.classes == []
-    assert listing.labels == [-1]
+    assert find_images(tmp_path) == Listing(tmp_path, [tmp_path / "x.png"], [-1], [])
 
 
 def test_linked_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:

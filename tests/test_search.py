@@ -124,7 +124,7 @@ def test_share_of_draws_is_the_mass_of_each_stage() -> None:
         ({"eta": 0.0}, "eta = 0.0"),
         ({"alpha": 1.5}, "alpha = 1.5"),
         ({"num_samples": 1}, "num_samples = 1"),
-        ({"num_times": 2, "method": "dp"}, "cannot cut 2 cells"),
+        ({"num_times": 2, "method": "dp"}, "num_times = 2"),
         ({"eta": 10.0}, "raise alpha or lower eta"),
     ],
 )

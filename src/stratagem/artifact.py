@@ -190,6 +190,9 @@ def read_tensors(
     """
     if not path.is_file():
         raise InputError(f"no {kind} at {path}: the file does not exist")
+    with path.open("rb") as stream:
+        if stream.read(9)[8:] not in {b"{", b""}:  # where safetensors has its JSON header
+            raise InputError(f"{path} is not a {kind}: it is no safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get("stratagem")

@@ -9,6 +9,7 @@ is refused here, in one line.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 
 from stratagem import checkpoint, config
 from stratagem.artifact import read_record
-from stratagem.config import DiffusionConfig, ModelConfig, RunConfig, StagesConfig
+from stratagem.config import DiffusionConfig, MemoryConfig, RunConfig, StagesConfig
 from stratagem.data.shards import DataSet
 from stratagem.denoiser import Denoiser
 from stratagem.density import LogitNormal, LogNormalSigma, TimeDensity, Uniform
@@ -182,14 +183,13 @@ def _denoiser(run: RunConfig, made: dict[str, Any], parts: Stages | None) -> Den
     """Builds the network, initialised from the run's seed, and its denoiser."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        backbone = _backbone(run.model, run.stages, made)
+        backbone = _backbone(run, made)
     schedule = make_schedule(run.diffusion.schedule)
     return Denoiser(backbone, schedule, run.diffusion.parameterization, parts)
 
 
-def _backbone(
-    model: ModelConfig, staged: StagesConfig | None, made: dict[str, Any]
-) -> MultiDecoder:
+def _backbone(run: RunConfig, made: dict[str, Any]) -> MultiDecoder:
+    model, staged = run.model, run.stages
     channels, height, width = made["shape"]
     if height != width:
         raise InputError(f"images of {height}x{width} are not square: prepare them with --size")
@@ -202,6 +202,7 @@ def _backbone(
         heads=model.heads,
         num_classes=made["num_classes"],
         memory_dim=made["memory_dim"],
+        memory_scale=_memory_scale(run.memory, made["memory_dim"]),
         norm="layer" if sit else "rms",
         mlp="gelu" if sit else "swiglu",
         rope=not sit,
@@ -214,6 +215,10 @@ def _backbone(
         depths = staged.depths or [model.depth - shared] * (len(made["stages"]) + 1)
     encoder = TransformerEncoder(cfg, shared)
     return MultiDecoder(encoder, [TransformerDecoder(cfg, depth) for depth in depths])
+
+
+def _memory_scale(memory: MemoryConfig | None, dim: int) -> float:
+    return math.sqrt(dim) if memory is not None and memory.scale == "unit-variance" else 1.0
 
 
 def _check_stages(

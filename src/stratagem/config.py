@@ -85,10 +85,13 @@ class MemoryConfig:
     Attributes:
         bank: The memory bank, made from the same data set.
         dropout: Rate at which numbers of a snippet are zeroed in training.
+        scale: "unit-variance" multiplies a snippet of D numbers by sqrt(D); "unit-norm" (GMem's)
+            leaves it as it is, a far weaker signal beside the time.
     """
 
     bank: str
     dropout: float = 0.4
+    scale: Literal["unit-variance", "unit-norm"] = "unit-variance"
 
 
 @dataclass(frozen=True)

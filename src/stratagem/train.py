@@ -251,7 +251,7 @@ def train_step(state: TrainState, batch: Batch, cfg: TrainConfig) -> dict[str, T
     norm = nn.utils.clip_grad_norm_(state.objective.parameters(), cfg.grad_clip)
     if not torch.isfinite(total.detach() + norm):
         raise NonFinite(
-            f"loss {float(total):.4g} or gradient {float(norm):.4g} is not finite at step "
+            f"loss {float(total.detach()):.4g} or gradient {float(norm):.4g} is not finite at step "
             f"{state.step}, images {batch.ids[:8].tolist()}...: lower train.learning_rate"
         )
     for group in state.optimizer.param_groups:

@@ -8,12 +8,17 @@ Exit codes: 0 done; 2 the input is wrong; 3 an artifact is damaged; 4 training m
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
 import importlib
+import io
 import logging
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from stratagem import __version__
 
@@ -50,15 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(verb: str, words: list[str]) -> int:
-    import tyro
-
     from stratagem.errors import StratagemError
 
     logging.basicConfig(format="stratagem: %(message)s", level=logging.WARNING)
-    module, name, _ = VERBS[verb]
-    function = getattr(importlib.import_module(f"stratagem.cli.{module}"), name)
     try:
-        tyro.cli(function, prog=f"stratagem {verb}", args=words)
+        _parse(verb, words)()
     except StratagemError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -69,6 +70,31 @@ def _run(verb: str, words: list[str]) -> int:
     except OSError as error:
         return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
     return 0
+
+
+def _parse(verb: str, words: list[str]) -> Callable[[], None]:
+    """Returns the verb with its arguments, ready to be called; help and bad options end here."""
+    import tyro
+
+    from stratagem.errors import InputError
+
+    module, name, _ = VERBS[verb]
+    function = getattr(importlib.import_module(f"stratagem.cli.{module}"), name)
+
+    @functools.wraps(function)
+    def later(*args: Any, **keywords: Any) -> Callable[[], None]:
+        return functools.partial(function, *args, **keywords)
+
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            return tyro.cli(later, prog=f"stratagem {verb}", args=words)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        text = re.sub(r"[\u2500-\u257f]", " ", messages.getvalue())  # the frame around it
+        reason = " ".join(text.partition("For full helptext")[0].split())
+        raise InputError(f"{reason}; see  stratagem {verb} --help") from None
 
 
 def _usage() -> str:

@@ -50,5 +50,5 @@ def prepare(
     say(f"{out}: {data.num:,} images of {'x'.join(map(str, data.shape))}, {held:,} held out")
     for name, cause in data.rejected[:10]:
         say(f"  left out {name}: {cause}")
-    if data.rejected:
-        say(f"  {len(data.rejected):,} files left out in all; the list is in {out}/rejected.json")
+    if num := len(data.rejected):
+        say(f"  {num:,} file{'s' * (num > 1)} left out; all are listed in {out}/rejected.json")

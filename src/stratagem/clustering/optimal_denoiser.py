@@ -35,7 +35,7 @@ __all__ = ["OptimalDenoiser"]
 _CUT = -80.0
 # sigma is kept above alpha times this, so that both ends of the noise axis are finite.
 _SMALLEST_RATIO = 1e-12
-# Numbers in one chunk of the data, as float64 4 MiB: far larger ones leave the cache, which costs 5x.
+# Numbers in one chunk of the data, as float64 4 MiB: much larger ones leave a CPU's cache.
 _CHUNK_NUMBERS = 1 << 19
 
 

@@ -93,7 +93,7 @@ def find_stages(
     Raises:
         InputError: If a setting is out of range, or the data give no such stages.
     """
-    _check(num_stages, method, eta, alpha, num_samples)
+    _check(num_stages, method, eta, alpha, num_samples, num_times)
     times = (torch.arange(num_times, dtype=torch.float64) + 0.5) / num_times
     parameters: dict[str, Any] = {"num_stages": num_stages, "schedule": repr(schedule)}
     curves = None
@@ -153,7 +153,9 @@ def _edge_times(
     return tuple(cut / num_times for cut in cuts)
 
 
-def _check(num_stages: int, method: str, eta: float, alpha: float, num_samples: int) -> None:
+def _check(
+    num_stages: int, method: str, eta: float, alpha: float, num_samples: int, num_times: int
+) -> None:
     if method not in get_args(Method):
         raise InputError(f"no method {method!r}: choose one of {', '.join(get_args(Method))}")
     if num_stages < 1:
@@ -169,3 +171,5 @@ def _check(num_stages: int, method: str, eta: float, alpha: float, num_samples: 
         raise InputError(f"alpha = {alpha}: give a number in (0, 1]")
     if num_samples < 2:
         raise InputError(f"num_samples = {num_samples}: ask for at least 2, better 100 or more")
+    if num_times < num_stages:
+        raise InputError(f"num_times = {num_times}: ask for more than stages, better 100")

@@ -139,7 +139,7 @@ class TimeEmbedding(nn.Module):
 class Condition(nn.Module):
     """Joins time, class label and memory into one vector, shape (B, width).
 
-        c = time embedding + label row + (P m + b)
+        c = time embedding + label row + (P (s m) + b)
 
     What is not given is null, and null is a value of its own: `label=None` is the class
     `num_classes` in every row, `memory=None` the zero vector in every row (of which b remains, as
@@ -152,12 +152,19 @@ class Condition(nn.Module):
         num_classes: Number of classes, 0 for none.
         memory_dim: Length of a memory vector, 0 for none.
         time_scale: Factor on the time.
+        memory_scale: Factor s on the memory vector.
     """
 
     def __init__(
-        self, width: int, num_classes: int = 0, memory_dim: int = 0, time_scale: float = 1.0
+        self,
+        width: int,
+        num_classes: int = 0,
+        memory_dim: int = 0,
+        time_scale: float = 1.0,
+        memory_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        self.memory_scale = memory_scale
         self.time = TimeEmbedding(width, time_scale)
         self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
         self.memory = nn.Linear(memory_dim, width) if memory_dim else None
@@ -175,7 +182,8 @@ class Condition(nn.Module):
         elif label is not None:
             raise ValueError("a label was given to a network built with num_classes=0")
         if self.memory is not None:
-            c_BW = c_BW + (self.memory.bias if memory is None else self.memory(memory))
+            b = self.memory.bias
+            c_BW = c_BW + (b if memory is None else self.memory(self.memory_scale * memory))
         elif memory is not None:
             raise ValueError("memory was given to a network built with memory_dim=0")
         return c_BW

@@ -104,6 +104,8 @@ class TransformerConfig:
         qk_norm: Whether attention normalises queries and keys.
         shift: Whether the blocks' modulation shifts, or only scales.
         time_scale: Factor on the time before its sinusoids.
+        memory_scale: Factor on the memory vector. A unit vector of D numbers is a weak signal
+            beside the time; sqrt(D) gives its numbers unit variance. GMem has 1.
         init: "adaln-zero": every block starts as the identity and the output at 0 (DiT). "gmem":
             the modulation and the output start like every other map; only biases are 0.
 
@@ -125,6 +127,7 @@ class TransformerConfig:
     qk_norm: bool = False
     shift: bool = True
     time_scale: float = 1.0
+    memory_scale: float = 1.0
     init: _Init = "adaln-zero"
 
     def __post_init__(self) -> None:
@@ -230,7 +233,9 @@ class TransformerEncoder(nn.Module):
         super().__init__()
         self.patch = cfg.patch
         self.embed = nn.Linear(cfg.patch_width, cfg.width)
-        self.condition = Condition(cfg.width, cfg.num_classes, cfg.memory_dim, cfg.time_scale)
+        self.condition = Condition(
+            cfg.width, cfg.num_classes, cfg.memory_dim, cfg.time_scale, cfg.memory_scale
+        )
         self.stack = _Stack(cfg, cfg.width, depth)
         self.register_buffer("positions", sincos_positions(cfg.width, cfg.grid), persistent=False)
         _initialise(self, cfg.init)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from stratagem.assemble import Model
 from stratagem.denoiser import Prediction
-from stratagem.grid import time_grid
 from stratagem.nets.cost import macs, mean_macs, parameters
 from stratagem.programs.sample import SampleConfig, make_solver
 from stratagem.sampler import sample
@@ -66,7 +65,8 @@ def cost_of(model: Model, cfg: SampleConfig) -> Cost:
 def call_times(cfg: SampleConfig, schedule: NoiseSchedule) -> list[float]:
     """Returns the times at which a sampler calls the network, in order."""
     noted = _Noted(schedule)
-    sample(noted, make_solver(cfg.sampler), torch.zeros(1, 1), time_grid(cfg.steps), seeds=[0])
+    solver, times = make_solver(cfg, schedule)
+    sample(noted, solver, torch.zeros(1, 1), times, seeds=[0])
     return noted.times
 
 

@@ -158,7 +158,7 @@ def _base(shop: _Workshop) -> RunConfig:
     return RunConfig(
         data=str(shop.data),
         seed=shop.cfg.seed,
-        model=ModelConfig(width=64, depth=4, heads=2, patch=max(2, side // 8), style="sit"),
+        model=ModelConfig(width=64, depth=4, heads=2, patch=max(2, side // 8)),
         train=TrainConfig(
             steps=steps,
             batch_size=128,

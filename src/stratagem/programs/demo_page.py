@@ -169,6 +169,7 @@ def _footer(result: DemoResult) -> str:
         f"Made by stratagem {__version__} (demo, seed {result.base.seed}, "
         f"{result.base.train.steps} steps) with torch {torch.__version__}, "
         f"Python {platform.python_version()}, {result.base.train.threads} of {os.cpu_count()} CPU "
-        f"threads. Each figure is of {sampling['num']:,} samples, {sampling['sampler']} in {sampling['steps']} steps, against "
-        "all training images. One seed: differences of a few per cent are noise."
+        f"threads. Each figure is of {sampling['num']:,} samples, {sampling['sampler']} in "
+        f"{sampling['steps']} steps, against all training images. One seed: differences of a few "
+        "per cent are noise."
     )

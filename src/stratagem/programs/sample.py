@@ -34,6 +34,7 @@ from stratagem.sampler import (
     Sampler,
     sample,
 )
+from stratagem.schedule import EDM, NoiseSchedule
 
 __all__ = ["SampleConfig", "Samples", "load_images", "make_solver", "sample_run", "save_samples"]
 
@@ -90,7 +91,7 @@ def sample_run(model: Model, cfg: SampleConfig, *, progress: Progress = silent) 
         snippets = draw(model.bank, cfg.num, cfg.snippets, cfg.seed, cfg.label)
     if model.num_classes:
         labels = _labels(cfg, model.num_classes)
-    solver, times = make_solver(cfg.sampler), time_grid(cfg.steps)
+    solver, times = make_solver(cfg, model.denoiser.schedule)
     sigma = float(model.denoiser.schedule.sigma(times[0]))
     images = torch.empty((cfg.num, *model.shape), dtype=torch.uint8)
     for start in range(0, cfg.num, cfg.batch_size):
@@ -167,20 +168,26 @@ def _from_npz(path: Path, channels: int) -> Tensor:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2)[:, :channels].contiguous()
 
 
-def make_solver(name: str) -> Sampler:
-    """Returns the solver of a name."""
-    match name:
+def make_solver(cfg: SampleConfig, schedule: NoiseSchedule) -> tuple[Sampler, Tensor]:
+    """Returns the solver and its time grid: EDM's own for its schedule, else uniform in t.
+
+    Raises:
+        InputError: If the solver does not go with the schedule.
+    """
+    edm = isinstance(schedule, EDM)
+    grid = time_grid(cfg.steps, "karras", schedule=schedule) if edm else time_grid(cfg.steps)
+    match cfg.sampler:
         case "euler":
-            return Euler()
+            return Euler(), grid
         case "ddim":
-            return DDIM()
+            return DDIM(), grid
         case "heun":
-            return Heun()
+            return Heun("sigma" if edm else "time"), grid
         case "dpm++2m":
-            return DPMSolver2M()
-        case "euler-maruyama":
-            return EulerMaruyama()
-    raise InputError(f"unknown sampler {name!r}")
+            return DPMSolver2M(), grid
+        case "euler-maruyama" if not edm:
+            return EulerMaruyama(), grid
+    raise InputError(f"--sampler {cfg.sampler} does not go with schedule edm: choose heun")
 
 
 def _labels(cfg: SampleConfig, num_classes: int) -> Tensor:

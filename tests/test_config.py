@@ -1,0 +1,103 @@
+"""Configurations: strict, helpful, and the same after a round trip."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stratagem.config import (
+    DiffusionConfig,
+    MemoryConfig,
+    ModelConfig,
+    RunConfig,
+    StagesConfig,
+    dump,
+    load,
+    parse,
+)
+from stratagem.errors import InputError
+from stratagem.train import TrainConfig
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    config = RunConfig(
+        data="d",
+        seed=3,
+        model=ModelConfig(width=64, depth=5, heads=2, style="sit"),
+        diffusion=DiffusionConfig(density="uniform"),
+        memory=MemoryConfig("bank", dropout=0.1),
+        stages=StagesConfig("stages.json", 2, (3, 2, 1)),
+        train=TrainConfig(steps=7, learning_rate=1e-5),
+    )
+    for c in (config, replace(config, memory=None, stages=None)):
+        (tmp_path / "c.yaml").write_text(dump(c))
+        assert load(tmp_path / "c.yaml") == c
+
+
+def test_yaml_numbers_and_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("data: d\ntrain: {learning_rate: 1e-4}\n")
+    assert load(path).train.learning_rate == 1e-4
+    config = load(path, ["train.steps=9", "memory.bank=b", "model.style=sit", "seed=4"])
+    assert (config.train.steps, config.memory, config.seed) == (9, MemoryConfig("b"), 4)
+
+
+WRONG = {
+    "unknown key train.step; did you mean train.steps": {"train": {"step": 1}},
+    "unknown key modle; did you mean model": {"modle": {}},
+    "unknown key train.zzz; known are steps": {"train": {"zzz": 1}},
+    "data is missing": {"data": ...},
+    "memory.bank is missing": {"memory": {}},
+    "train.steps must be a whole number, not 1.5": {"train": {"steps": 1.5}},
+    "train.steps must be a whole number, not True": {"train": {"steps": True}},
+    "train.learning_rate must be a number, not 'fast'": {"train": {"learning_rate": "fast"}},
+    "model.labels must be true or false, not 1": {"model": {"labels": 1}},
+    "data must be text": {"data": 5},
+    "model must be a section": {"model": 5},
+    "stages.depths must be a list": {"stages": {"file": "s", "shared": 1, "depths": 3}},
+    "choose one of linear, cosine": {"diffusion": {"schedule": "linar"}},
+    "train.steps is 0: it must be above 0": {"train": {"steps": 0}},
+    "train.learning_rate is nan": {"train": {"learning_rate": float("nan")}},
+    "train.ema_decay is 1.0": {"train": {"ema_decay": 1}},
+    "memory.dropout is 1.0": {"memory": {"bank": "b", "dropout": 1}},
+    "train.threads is -1: it must not be negative": {"train": {"threads": -1}},
+    "model.width 10 is not a multiple": {"model": {"width": 10, "heads": 3}},
+    "edm needs edm": {"diffusion": {"schedule": "edm"}},
+    "no effect on density uniform": {"diffusion": {"density": "uniform", "density_mean": 1}},
+    "each stage needs at least 1 block": {
+        "stages": {"file": "s", "shared": 2, "depths": [1, 0]},
+        "model": {"depth": 3},
+    },
+    "make model.depth 5": {
+        "stages": {"file": "s", "shared": 2, "depths": [3, 1]},
+        "model": {"depth": 4},
+    },
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_configurations_say_what_is_wrong(message: str) -> None:
+    body = {"data": "d", **WRONG[message]}
+    body = {key: value for key, value in body.items() if value is not ...}
+    with pytest.raises(InputError) as error:
+        parse(body, "file.yaml")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith("file.yaml: ")
+
+
+def test_unreadable_files_are_input_errors(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    with pytest.raises(InputError, match="does not exist"):
+        load(path)
+    for text, message in [("a: [", "not valid YAML"), ("- 1", "expected")]:
+        path.write_text(text)
+        with pytest.raises(InputError, match=message) as error:
+            load(path)
+        assert "\n" not in str(error.value)
+    path.write_text("data: d")
+    for override in ["steps", "=3", "data.x=3"]:
+        with pytest.raises(InputError, match="--set"):
+            load(path, [override])
