@@ -16,7 +16,7 @@ def demo(
     out: Path = Path("stratagem-demo"),
     data: str = "digits",
     seed: int = 0,
-    steps: int = 800,
+    steps: int = 1200,
     num: int = 1000,
 ) -> None:
     """Trains with and without both methods on real images and writes a report.

@@ -26,6 +26,7 @@ from stratagem.data.shards import DataSet
 from stratagem.encoders import build_encoder
 from stratagem.errors import InputError
 from stratagem.metrics.features import (
+    Components,
     EncoderFeatures,
     FeatureNet,
     PixelComponents,
@@ -76,6 +77,9 @@ class Reference:
         self.held_out = data.images(data.held_out_indices)
         self.nets = [self._net(name, weights) for name in features]
         self.statistics = [_statistics(self.train, net) for net in self.nets]
+        self.held_out_distances = (
+            self.distances(self.held_out, allow_few=True) if len(self.held_out) > 1 else None
+        )
 
     def _net(self, name: FeatureName, weights: Path | None) -> FeatureNet:
         match name:
@@ -83,10 +87,18 @@ class Reference:
                 most = min(len(self.train) - 1, self.train[0].numel())
                 return PixelComponents.fit(self.train, min(32, most))
             case "effnet":
-                return EncoderFeatures(build_encoder("effnet", self.data.shape))
+                return self._effnet()
             case "inception":
                 assert weights is not None
                 return load_inception(weights)
+
+    def _effnet(self) -> FeatureNet:
+        """All 1,280 features where there are images enough for them, else their 64 components."""
+        encoder = build_encoder("effnet", self.data.shape)
+        if len(self.train) >= 4 * encoder.dim:
+            return EncoderFeatures(encoder)
+        vectors = torch.cat([encoder(images) for images in self.train.split(256)])
+        return EncoderFeatures(encoder, Components.fit(vectors, min(64, len(vectors) - 1)))
 
     def distances(self, images: Tensor, *, allow_few: bool = False) -> dict[str, float]:
         """Returns the Frechet distance to the training images, for each feature net by its name."""
@@ -185,6 +197,7 @@ def evaluate_images(
         "reference_images": len(reference.train),
         "held_out_images": len(reference.held_out),
         "features": [net.description() for net in reference.nets],
+        "held_out_real": reference.held_out_distances,
     }
     distances = reference.distances(images, allow_few=allow_few)
     return Evaluation(0, 0, len(images), distances, None, memorisation, described)
