@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -109,7 +110,7 @@ def result_sections(results: Sequence[RunResult]) -> list[Section]:
         if all(metric in e.distances for r in results for e in r.evaluations)
     ]
     grids = [Section(f"Samples: {r.name}", _grid_text(r.last), _grid(r)) for r in results]
-    return [*curves, Section("All figures", _table_text(results), _table(results)), *grids]
+    return [*curves, _figures(results), *grids]
 
 
 def images_to_reach(run: RunResult, metric: str, target: float) -> float | None:
@@ -190,50 +191,50 @@ def _curves(results: Sequence[RunResult], metric: str) -> str:
     return line_chart(series, x_label="training images", y_label=metric, y_log=True)
 
 
-def _table_text(results: Sequence[RunResult]) -> str:
+def _figures(results: Sequence[RunResult]) -> Section:
+    found = results[0].last
     text = (
         "Of the last checkpoint. MACs are per image and network call, attention included, as a "
         "mean over the calls of the sampler. The distance to the nearest training image is the "
-        "median, as per-pixel RMS with pixels in [0, 1]; beside it that of real images held out of "
-        "training, which is what an honest sampler has. The copy rate is the share of samples "
-        "nearer than 99 % of held-out images come: 1 % is chance. Blurred samples are near to "
+        "median, as per-pixel RMS with pixels in [0, 1]. The copy rate is the share of samples "
+        "nearer than 99 % of held-out real images come: 1 % is chance. Blurred samples are near to "
         "everything, so look at the pairs below before accusing."
     )
-    protocol = results[0].last.protocol
-    real: Mapping[str, float] = protocol["held_out_real"] or {}
-    if not real:
-        return text
-    floor = ", ".join(f"{metric} {value:.3f}" for metric, value in real.items())
-    return (
-        f"{text}\n\nThe {protocol['held_out_images']:,} held-out real images themselves, measured "
-        f"like samples, are at {floor}: no sampler that is given only their snippets should be "
-        "expected to come lower."
-    )
+    real: Mapping[str, float] = found.protocol["held_out_real"] or {}
+    if real and found.memorisation is not None:
+        floor = ", ".join(f"{metric} {value:.4g}" for metric, value in real.items())
+        text += (
+            f"\n\nThe {found.protocol['held_out_images']:,} held-out real images themselves, "
+            f"measured like samples, are at {floor}, and their median distance to the nearest "
+            f"training image is {found.memorisation['held_out_median']:.3f}: that is what honest "
+            "and perfect samples of as many would have."
+        )
+    return Section("All figures", text, _quality_table(results) + _cost_table(results))
 
 
-def _table(results: Sequence[RunResult]) -> str:
+def _quality_table(results: Sequence[RunResult]) -> str:
     metrics = list(results[0].last.distances)
     headers = ["run", *metrics, *(f"{m}, held-out snippets" for m in metrics)]
-    headers += ["parameters", "MACs per call, M", "images/s"]
-    headers += ["nearest training image", "of held-out real", "copies, %"]
-    rows = [[r.name, *_quality(r.last, metrics), *_cost(r), *_copying(r.last)] for r in results]
-    return table(headers, rows, best=dict.fromkeys(range(1, 1 + 2 * len(metrics)), "min"))
+    rows = [[r.name, *_quality(r.last, metrics)] for r in results]
+    best: dict[int, Literal["min", "max"]] = dict.fromkeys(range(1, len(headers)), "min")
+    return table([*headers, "nearest training image", "copies, %"], rows, best=best)
 
 
 def _quality(found: Evaluation, metrics: Sequence[str]) -> list[float | None]:
     second: Mapping[str, float] = found.held_out_snippets or {}
-    return [*(found.distances[m] for m in metrics), *(second.get(m) for m in metrics)]
+    figures = [*(found.distances[m] for m in metrics), *(second.get(m) for m in metrics)]
+    copying = found.memorisation
+    if copying is None:
+        return [*figures, None, None]
+    return [*figures, copying["median"], 100 * copying["copy_rate"]]
 
 
-def _cost(run: RunResult) -> list[float | None]:
-    return [run.cost.parameters, run.cost.mean_macs / 1e6, round(run.rate)]
-
-
-def _copying(found: Evaluation) -> list[float | None]:
-    m = found.memorisation
-    if m is None:
-        return [None, None, None]
-    return [m["median"], m["held_out_median"], 100 * m["copy_rate"]]
+def _cost_table(results: Sequence[RunResult]) -> str:
+    headers = ["run", "parameters", "MACs per call, millions", "training images per second"]
+    return table(
+        headers,
+        [[r.name, r.cost.parameters, r.cost.mean_macs / 1e6, round(r.rate)] for r in results],
+    )
 
 
 def _grid_text(found: Evaluation) -> str:

@@ -110,8 +110,7 @@ def demo(out: Path, cfg: DemoConfig, *, task: Task) -> tuple[Path, str]:
     base = _base(shop)
     _make_banks(shop)
     if not shop.stages.exists():
-        with task("stages", "samples") as progress:
-            find_stages(shop.data, shop.stages, seed=cfg.seed, progress=progress)
+        _make_stages(shop)
     real = _Real(Reference(shop.data, ["pixels"]), Reference(shop.data, ["pixels", "effnet"]))
     memories = {e: MemoryConfig(str(shop.bank(e))) for e in ENCODERS}
     results = {"plain": _train_and_evaluate(shop, "plain", base, real)}
@@ -192,6 +191,15 @@ def _make_banks(shop: _Workshop) -> None:
         if not shop.bank(encoder).exists():
             with shop.task(f"bank build ({encoder})", "images") as progress:
                 build_bank(shop.data, shop.bank(encoder), encoder=encoder, progress=progress)
+
+
+def _make_stages(shop: _Workshop) -> None:
+    """By the paper's thresholds; by the dynamic programme where the data never cross them."""
+    with shop.task("stages", "samples") as progress:
+        try:
+            find_stages(shop.data, shop.stages, seed=shop.cfg.seed, progress=progress)
+        except InputError:
+            find_stages(shop.data, shop.stages, method="dp", seed=shop.cfg.seed, progress=progress)
 
 
 def _train_and_evaluate(shop: _Workshop, name: str, config: RunConfig, real: _Real) -> RunResult:
