@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from oracles import GaussianOracle
-from stratagem.denoiser import Denoiser, Parameterization, Prediction
+from stratagem.denoiser import Denoiser, Parameterization, Prediction, Predictor
 from stratagem.errors import InputError
 from stratagem.schedule import EDM, VP, Cosine, Linear, NoiseSchedule, expand
 from stratagem.stages import Stages
@@ -210,3 +210,14 @@ def test_official_conversions(path: str, schedule: NoiseSchedule) -> None:
     }
     for name, value in ours.items():
         assert_near(value, golden[f"outputs/{path}/{name}"], FLOAT32)
+
+
+def test_a_denoiser_and_the_oracles_are_predictors() -> None:
+    """What a sampler takes: a schedule, and a call that gives a Prediction."""
+    predictors: list[Predictor] = [
+        Denoiser(nn.Identity(), Linear(), "v"),
+        GaussianOracle(Linear(), 0.0, 1.0),
+    ]
+    for predictor in predictors:
+        assert predictor.schedule == Linear()
+        assert isinstance(predictor(torch.zeros(2, 3), torch.tensor(0.5)), Prediction)

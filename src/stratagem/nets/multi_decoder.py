@@ -48,19 +48,17 @@ class MultiDecoder(nn.Module):
         x_t: Tensor,
         time: Tensor,
         *,
-        memory: Tensor | None = None,
-        label: Tensor | None = None,
         stage: int | Tensor | None = None,
+        **condition: Tensor | None,
     ) -> Tensor:
         """Maps noisy images to an output of their shape.
 
         Args:
             x_t: Noisy images, shape (B, C, H, W).
             time: Times, shape (B,).
-            memory: Memory vectors, shape (B, D), or None.
-            label: Class labels, shape (B,), or None.
             stage: Stage of all rows, or of each, shape (B,), int64. With one decoder there is
                 nothing to choose and it may be left out.
+            **condition: Handed to the encoder: memory (B, D), label (B,).
 
         Raises:
             ValueError: If there are several decoders and no stage, a stage out of range, or not
@@ -68,7 +66,7 @@ class MultiDecoder(nn.Module):
         """
         if isinstance(stage, Tensor) and stage.shape != x_t.shape[:1]:
             raise ValueError(f"{len(x_t)} images but stage of shape {tuple(stage.shape)}")
-        return self.decode(self.encoder(x_t, time, memory=memory, label=label), stage)
+        return self.decode(self.encoder(x_t, time, **condition), stage)
 
     def decode(self, features: Any, stage: int | Tensor | None = None) -> Tensor:
         """Runs the decoders on features of the encoder; `stage` as in `forward`.
