@@ -215,7 +215,7 @@ def test_official_conversions(path: str, schedule: NoiseSchedule) -> None:
 def test_a_denoiser_and_the_oracles_are_predictors() -> None:
     """What a sampler takes: a schedule, and a call that gives a Prediction."""
     predictors: list[Predictor] = [
-        Denoiser(nn.Identity(), Linear(), "v"),
+        Denoiser(Recorder(), Linear(), "v"),
         GaussianOracle(Linear(), 0.0, 1.0),
     ]
     for predictor in predictors:
