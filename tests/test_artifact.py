@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from stratagem.artifact import (
+    MANIFEST,
+    Layout,
     Manifest,
+    TensorDraft,
     fingerprint,
+    load_json,
+    raw_bytes,
     read_folder,
     read_record,
     read_tensor_file,
     read_tensors,
+    refuse_existing,
+    stream_tensors,
     write_bytes,
     write_folder,
     write_record,
     write_tensor_file,
     write_tensors,
 )
+from stratagem.artifact.manifest import FORMAT, flush, parse, signed, sum_of
 from stratagem.errors import DamagedArtifact, InputError
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2]), "e": torch.zeros(0, 3)}
@@ -121,6 +131,124 @@ def test_tensors_round_trip_and_notice_every_flipped_bit(tmp_path: Path) -> None
         with pytest.raises(DamagedArtifact, match=r"t\.safetensors"):
             read_tensors(path, "bank")
         path.write_bytes(whole)
+
+
+# --- written in pieces -------------------------------------------------------------------------
+
+LAYOUT: Layout = {name: (t.dtype, tuple(t.shape)) for name, t in TENSORS.items()}
+PIECES = [("b", 1, TENSORS["b"][1:]), ("a", 0, TENSORS["a"][:1]), ("a", 1, TENSORS["a"][1:]),
+          ("b", 0, TENSORS["b"][:1])]  # fmt: skip
+
+
+def test_a_file_written_in_pieces_is_the_file_written_at_once(tmp_path: Path) -> None:
+    whole = write_tensors(tmp_path / "whole", "bank", TENSORS, {"x": [1]})
+    with stream_tensors(tmp_path / "pieces", "bank", LAYOUT, {"x": [1]}) as draft:
+        for name, row, rows in PIECES:
+            draft.write(name, row, rows)
+    assert draft.manifest == whole
+    assert (tmp_path / "pieces").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pieces", "whole"]
+
+
+def test_every_type_is_aligned_and_read_by_safetensors_itself(tmp_path: Path) -> None:
+    types = [torch.bool, torch.int8, torch.uint8, torch.float16, torch.bfloat16, torch.float32,
+             torch.int32, torch.int64, torch.float64]  # fmt: skip
+    tensors = {f"t{n}": torch.arange(2 * n + 1).to(dtype) for n, dtype in enumerate(types)}
+    tensors["scalar"] = torch.tensor(3.5)
+    tensors["turned"] = torch.arange(6).reshape(2, 3).T
+    write_tensors(tmp_path / "t", "bank", tensors, {})
+    for read in (load_file(tmp_path / "t"), read_tensors(tmp_path / "t", "bank")[0]):
+        assert set(read) == set(tensors)
+        for name, tensor in tensors.items():
+            assert read[name].dtype == tensor.dtype
+            assert torch.equal(read[name], tensor)
+
+
+def test_a_draft_is_gone_on_with(tmp_path: Path) -> None:
+    for name, row, rows in PIECES:
+        draft = TensorDraft(tmp_path / "draft", "bank", LAYOUT, {})
+        draft.write(name, row, rows)
+        draft.sync()
+        draft.close(remove=False)
+    draft = TensorDraft(tmp_path / "draft", "bank", LAYOUT, {})
+    with pytest.raises(InputError, match="another process writes"):
+        TensorDraft(tmp_path / "draft", "bank", LAYOUT, {})
+    with pytest.raises(DamagedArtifact, match="draft"):
+        read_tensors(tmp_path / "draft", "bank", verify=False)  # not sealed, so not an artifact
+    draft.seal(tmp_path / "done")
+    draft.close(remove=True)
+    tensors, _ = read_tensors(tmp_path / "done", "bank")
+    assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
+    assert [p.name for p in tmp_path.iterdir()] == ["done"]
+
+
+def test_a_failed_stream_leaves_what_was_there(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "t", "bank", TENSORS, {})
+    before = (tmp_path / "t").read_bytes()
+    with pytest.raises(InputError, match="already exists"):
+        refuse_existing(tmp_path / "t", replace=False)
+
+    def fail() -> None:
+        with stream_tensors(tmp_path / "t", "bank", LAYOUT, {}, replace=True) as draft:
+            draft.write(*PIECES[0])
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert (tmp_path / "t").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "rows"),
+    [
+        ("a", 0, torch.zeros(1, 3).double()),
+        ("a", 0, torch.zeros(1, 2)),
+        ("a", 1, torch.zeros(2, 3)),
+    ],
+)
+def test_rows_of_another_layout_are_a_mistake(
+    tmp_path: Path, name: str, row: int, rows: torch.Tensor
+) -> None:
+    with (
+        pytest.raises(AssertionError),
+        stream_tensors(tmp_path / "t", "bank", LAYOUT, {}) as draft,
+    ):
+        draft.write(name, row, rows)
+
+
+def test_tensors_are_mapped_and_not_read(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "t", "bank", TENSORS, {})
+    tensors, _ = read_tensors(tmp_path / "t", "bank", verify=False)
+    place = (tmp_path / "t").read_bytes().index(bytes(raw_bytes(TENSORS["a"])))
+    with (tmp_path / "t").open("r+b") as file:
+        file.seek(place)
+        file.write(bytes(raw_bytes(torch.tensor([9.0]))))
+    assert tensors["a"][0, 0] == 9
+    tensors["a"][0, 1] = 7  # in this process alone
+    one = bytes(raw_bytes(torch.tensor([1.0])))
+    assert (tmp_path / "t").read_bytes()[place + 4 : place + 8] == one
+
+
+def test_sums_are_those_of_the_bytes_between(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"abcdefgh")
+    flush(tmp_path / "f")
+    assert sum_of(tmp_path / "f") == hashlib.sha256(b"abcdefgh").hexdigest()
+    assert sum_of(tmp_path / "f", 2, 1, 4) == hashlib.sha256(b"def").hexdigest()
+    assert sum_of(tmp_path / "f", 2, 1, 1) == hashlib.sha256(b"").hexdigest()
+
+
+def test_a_manifest_is_parsed_and_its_signature_checked(tmp_path: Path) -> None:
+    path = tmp_path / MANIFEST
+    body = {"kind": "bank", "format": FORMAT, "meta": {"x": 1}, "files": {}}
+    assert parse(body, path, "bank") == Manifest("bank", {"x": 1}, {})
+    whole = {**body, "sha256": Manifest("bank", {"x": 1}, {}).fingerprint}
+    assert signed(whole, path, "bank").meta == {"x": 1}
+    with pytest.raises(DamagedArtifact, match="does not match its sum"):
+        signed({**whole, "meta": {"x": 2}}, path, "bank")
+    path.write_text("{")
+    with pytest.raises(DamagedArtifact, match=MANIFEST):
+        load_json(path)
 
 
 def test_files_are_readable_by_the_group(tmp_path: Path) -> None:

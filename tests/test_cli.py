@@ -107,6 +107,26 @@ def test_samples_can_be_evaluated_alone(inside: Path, capsys: pytest.CaptureFixt
     assert "too few" in err
 
 
+def test_guided_and_stochastic_samples(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Scale 1 outside the interval is no guidance; the noise of image j is its own."""
+    base = "sample runs/both --num 3 --steps 4 --sampler heun-sde --last-step 0.01"
+    for name, more in {
+        "sde": "",
+        "sde-batch": "--batch-size 1",
+        "guided": "--guidance 3 --guide-to 0.5",
+        "never": "--guidance 3 --guide-from 0.001 --guide-to 0.002",
+    }.items():
+        assert run(f"{base} --out {name} {more}", capsys)[0] == 0
+
+    def pictures(name: str) -> np.ndarray:
+        files = sorted((inside / name).glob("*.png"))
+        return np.stack([np.array(Image.open(f)) for f in files]).astype(int)
+
+    assert np.abs(pictures("sde") - pictures("sde-batch")).max() <= 1
+    assert np.abs(pictures("sde") - pictures("never")).max() <= 1
+    assert np.abs(pictures("sde") - pictures("guided")).max() > 1
+
+
 def test_every_schedule_trains_and_samples(
     inside: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,6 +199,10 @@ WRONG = {
     "sample runs/both --out x --step 4": "it has 3, 6",
     "sample runs/both --out x --label 77": "give a label with",
     "sample runs/plain --out x --snippets held-out": "without memory",
+    "sample runs/plain --out x --guidance 2": "neither memory nor classes",
+    "sample runs/both --out x --guide-to 0.5": "without --guidance",
+    "sample runs/both --out x --guidance 2 --guide-from 0.9 --guide-to 0.5": "guidance interval",
+    "sample runs/both --out x --shift 3 --last-step 0.004": "do not go together",
     "sample runs/both --out x --bank nowhere": "--bank",
     "sample runs/both --out x --num 0": "at least 1",
     "evaluate nowhere --reference data --features pixels": "nowhere",

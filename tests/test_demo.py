@@ -186,3 +186,15 @@ def test_network_calls_are_counted_by_the_solver_itself() -> None:
     heun = call_times(SampleConfig(sampler="heun", steps=2), Linear())
     assert heun == [1.0, 0.5, 0.5]  # the last step, to no noise, is first order
     assert len(call_times(SampleConfig(sampler="dpm++2m", steps=10), Linear())) == 10
+
+
+def test_gmems_samplers_call_the_network_once_per_drift() -> None:
+    """The original calls it twice: 198 times for Heun's 49 steps and last one, and 99 for Euler."""
+    heun = SampleConfig(sampler="heun-sde", steps=50, last_step=0.004)
+    assert len(call_times(heun, Linear())) == 49 * 2 + 1
+    euler = SampleConfig(sampler="euler-maruyama", steps=50, last_step=0.004)
+    assert len(call_times(euler, Linear())) == 50
+    shifted = call_times(SampleConfig(sampler="euler", steps=49, shift=1 / 0.3), Linear())
+    assert len(shifted) == 49
+    assert shifted[0] - shifted[1] == pytest.approx(0.0062, abs=1e-4)  # gmem: first dt 0.0062
+    assert shifted[-1] == pytest.approx(0.065, abs=1e-3)  # and last dt 0.065

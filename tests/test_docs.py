@@ -9,10 +9,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from stratagem.assemble import make_backbone
 from stratagem.cli import VERBS, main
 from stratagem.config import load
+from stratagem.nets.cost import parameters
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -40,8 +43,9 @@ def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     body["train"] |= {"steps": 20, "warmup_steps": 2, "checkpoint_every": 10}  # shorter, no more
     example.write_text(yaml.safe_dump(body))
     monkeypatch.chdir(tmp_path)
-    commands = [line for line in blocks("sh")[1].splitlines() if line.startswith("stratagem ")]
-    assert len(commands) == 8
+    text = "".join(blocks("sh")[1:])
+    commands = [line for line in text.splitlines() if line.startswith("stratagem ")]
+    assert len(commands) == 8 + 3
     for line in commands:
         assert main(shlex.split(line)[1:]) == 0, line
 
@@ -60,6 +64,17 @@ def test_links_and_verbs_exist() -> None:
     assert mentioned <= set(VERBS)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    ("name", "published"), [("gmem-xl-sde", 674_989_472), ("gmem-b-sde", 130_378_016)]
+)
+def test_presets_build_networks_of_the_published_size(name: str, published: int) -> None:
+    """The count of gmem: without the training head, with the fixed position embedding."""
+    made = {"shape": [32, 16, 16], "num_classes": 0, "memory_dim": 768, "stages": None}
+    with torch.device("meta"):
+        net = make_backbone(load(ROOT / "examples" / "presets" / f"{name}.yaml"), made)
+    assert parameters(net) + net.encoder.positions.numel() == published
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda p: p.name)
 def test_examples_load(path: Path) -> None:
     assert load(path).data

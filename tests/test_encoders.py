@@ -15,8 +15,16 @@ from torch.nn import functional
 from stratagem import encoders
 from stratagem.data.datasets import digits
 from stratagem.data.images import center_crop, to_float
-from stratagem.encoders import EfficientNetLite0, Encoder, PixelEncoder, build_encoder, fold
+from stratagem.encoders import (
+    EfficientNetLite0,
+    Encoder,
+    PixelEncoder,
+    TokenEncoder,
+    build_encoder,
+    build_token_encoder,
+)
 from stratagem.errors import DamagedArtifact, InputError, MissingExtra
+from stratagem.nets.efficientnet import Lite0, fold
 from stratagem.randomness import permutation
 from tolerances import FLOAT32, FLOAT64, NETWORK, assert_near
 
@@ -251,3 +259,29 @@ def test_a_wrong_choice_is_refused() -> None:
         build_encoder("pixels", (3, 32, 32), size=64)
     with pytest.raises(InputError, match="at least 32"):
         build_encoder("effnet", (3, 32, 32), size=16)
+
+
+@needs_weights
+def test_tokens_say_what_is_where(effnet: EfficientNetLite0) -> None:
+    """A bright corner moves the token of that corner most, whichever the grid."""
+    encoder: TokenEncoder = effnet
+    dark = torch.full((1, 3, 64, 64), 40, dtype=torch.uint8)
+    lit = dark.clone()
+    lit[:, :, 48:, :16] = 220
+    for grid in (4, 2):
+        plain, corner = encoder.tokens(dark, grid), encoder.tokens(lit, grid)
+        assert plain.shape == (1, grid * grid, encoder.token_dim)
+        change = (corner - plain).norm(dim=2)[0]
+        assert int(change.argmax()) == grid * (grid - 1)
+
+
+@needs_weights
+def test_tokens_come_from_the_network_of_the_vectors(effnet: EfficientNetLite0) -> None:
+    network = effnet._network
+    assert isinstance(network, Lite0)
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    rest = network.blocks[network.middle :](network.maps(x))
+    assert_near(network.head(rest).mean((2, 3)), network(x), FLOAT32)
+    assert isinstance(build_token_encoder("effnet"), EfficientNetLite0)
+    with pytest.raises(InputError, match="no tokens"):
+        build_token_encoder("pixels")

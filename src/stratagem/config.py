@@ -27,6 +27,7 @@ from stratagem.errors import InputError
 from stratagem.train import TrainConfig
 
 __all__ = [
+    "AlignConfig",
     "DiffusionConfig",
     "MemoryConfig",
     "ModelConfig",
@@ -49,6 +50,12 @@ class ModelConfig:
         patch: Side of a patch in pixels.
         style: "sit" (LayerNorm, GELU) or "lightningdit" (RMSNorm, SwiGLU, rotary positions).
         labels: Whether the class label is a condition.
+        norm: "layer" or "rms"; absent: the style's.
+        mlp: "gelu" or "swiglu"; absent: the style's.
+        rope: Whether attention rotates by position; absent: the style's.
+        qk_norm: Whether attention normalises queries and keys.
+        shift: Whether the condition shifts in the blocks, or only scales.
+        init: "adaln-zero" starts every block as the identity; "gmem" does not.
     """
 
     width: int = 384
@@ -57,6 +64,12 @@ class ModelConfig:
     patch: int = 2
     style: Literal["sit", "lightningdit"] = "lightningdit"
     labels: bool = False
+    norm: Literal["layer", "rms"] | None = None
+    mlp: Literal["gelu", "swiglu"] | None = None
+    rope: bool | None = None
+    qk_norm: bool = False
+    shift: bool = True
+    init: Literal["adaln-zero", "gmem"] = "adaln-zero"
 
 
 @dataclass(frozen=True)
@@ -85,13 +98,35 @@ class MemoryConfig:
     Attributes:
         bank: The memory bank, made from the same data set.
         dropout: Rate at which numbers of a snippet are zeroed in training.
+        place: Where they are zeroed: "before" the projection (GMem v2) or "after" it (v1).
+        jitter: Gaussian noise on the snippet, relative to the size of its numbers.
         scale: "unit-variance" multiplies a snippet of D numbers by sqrt(D); "unit-norm" (GMem's)
             leaves it as it is, a far weaker signal beside the time.
     """
 
     bank: str
     dropout: float = 0.4
+    place: Literal["before", "after"] = "before"
+    jitter: float = 0.0
     scale: Literal["unit-variance", "unit-norm"] = "unit-variance"
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """Alignment of early tokens with those of a frozen encoder (REPA, arXiv 2410.06940).
+
+    Attributes:
+        encoder: Name of the frozen encoder.
+        block: The tokens after this many blocks are aligned, at least 1.
+        hidden: Width of the head's hidden layers.
+        cache: Whether the encoder's tokens of all images are made once and kept in float16; else
+            they are made anew for each batch.
+    """
+
+    encoder: str = "effnet"
+    block: int = 4
+    hidden: int = 2048
+    cache: bool = True
 
 
 @dataclass(frozen=True)
@@ -120,6 +155,7 @@ class RunConfig:
         diffusion: The path.
         memory: The bank; absent for none.
         stages: The stages; absent for one.
+        align: The alignment; absent for none.
         train: The training.
     """
 
@@ -129,6 +165,7 @@ class RunConfig:
     diffusion: DiffusionConfig = DiffusionConfig()
     memory: MemoryConfig | None = None
     stages: StagesConfig | None = None
+    align: AlignConfig | None = None
     train: TrainConfig = TrainConfig()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
@@ -177,13 +214,12 @@ def parse(body: Mapping[str, Any], where: str = "configuration") -> RunConfig:
 
 def dump(config: RunConfig) -> str:
     """Writes a configuration as YAML that `load` reads back to an equal one."""
-    body = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
-    return yaml.safe_dump(_plain(body), sort_keys=False)
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: _plain(v) for k, v in value.items() if v is not None}
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -257,13 +293,16 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 _ABOVE_ZERO = (
     *("train.steps", "train.batch_size", "train.learning_rate", "train.grad_clip"),
     *("train.checkpoint_every", "train.log_every", "diffusion.density_std"),
-    *("model.width", "model.depth", "model.heads", "model.patch"),
+    *("model.width", "model.depth", "model.heads", "model.patch", "align.block", "align.hidden"),
 )
 _NOT_NEGATIVE = (
     *("train.warmup_steps", "train.weight_decay", "train.keep_checkpoints", "train.threads"),
-    *("train.cosine_weight", "stages.shared"),
+    *("train.cosine_weight", "train.align_weight", "stages.shared", "memory.jitter"),
 )
-_RATES = ("train.ema_decay", "train.beta1", "train.beta2", "memory.dropout")
+_RATES = (
+    *("train.ema_decay", "train.beta1", "train.beta2", "train.condition_dropout"),
+    "memory.dropout",
+)
 
 
 def _check(config: RunConfig) -> None:
@@ -278,6 +317,10 @@ def _check(config: RunConfig) -> None:
         )
     if stages is not None:
         _check_stages(stages, model.depth)
+    if config.train.condition_dropout and config.memory is None and not model.labels:
+        raise InputError("train.condition_dropout has no effect without memory and model.labels")
+    if config.align is None and config.train.align_weight != TrainConfig.align_weight:
+        raise InputError("train.align_weight has no effect without a section align")
     if (diffusion.parameterization == "edm") != (diffusion.schedule == "edm"):
         raise InputError(
             f"diffusion.parameterization {diffusion.parameterization} does not go with "

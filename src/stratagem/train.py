@@ -2,14 +2,11 @@
 
     batch(step) -> train_step(state, batch) -> hooks
 
-`Batches` is a pure function of the step: order of the images, flips, noise, times and snippet
-dropout come from counter-based randomness. The only things that change are in `TrainState`, which a
+`Batches` is a pure function of the step. The only things that change are in `TrainState`, which a
 checkpoint holds completely. So "stop, then run the same command again" ends where an uninterrupted
 run ends, bit for bit on a CPU.
 
-One flip decision per image serves the image and its snippet alike. Snippet dropout follows GMem
-(arXiv 2412.08781): each number of the snippet is zeroed with the given rate and the others are
-scaled by 1 / (1 - rate).
+    loss = mean denoise + cosine_weight mean cosine + align_weight mean align
 """
 
 from __future__ import annotations
@@ -17,26 +14,20 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from stratagem import randomness
+from stratagem.batches import Batch
 from stratagem.checkpoint import Checkpoint
-from stratagem.data.images import to_float
-from stratagem.data.shards import DataSet
-from stratagem.density import TimeDensity, stratified
 from stratagem.ema import Ema
 from stratagem.errors import NonFinite, StratagemError
-from stratagem.memory.bank import MemoryBank
 from stratagem.objective import Objective
 
 __all__ = [
-    "Batch",
-    "Batches",
     "Hook",
     "Interrupted",
     "StopFlag",
@@ -65,6 +56,9 @@ class TrainConfig:
         grad_clip: Largest norm of the gradient.
         ema_decay: Decay of the averaged weights.
         cosine_weight: Weight of the loss on the velocities' angle; 0 leaves it out.
+        align_weight: Weight of the alignment, where the configuration has one.
+        condition_dropout: Rate at which an image's conditions (snippet and class) are dropped
+            whole, so that the network also learns to do without: guidance needs it.
         checkpoint_every: Steps between checkpoints.
         keep_checkpoints: How many of them stay; 0 keeps all.
         log_every: Steps between lines of metrics.jsonl.
@@ -82,96 +76,12 @@ class TrainConfig:
     grad_clip: float = 1.0
     ema_decay: float = 0.9999
     cosine_weight: float = 0.0
+    align_weight: float = 0.5
+    condition_dropout: float = 0.0
     checkpoint_every: int = 1000
     keep_checkpoints: int = 3
     log_every: int = 50
     threads: int = 0
-
-
-class Batch(NamedTuple):
-    """One training batch.
-
-    Attributes:
-        ids: Which images of the data set, (B,).
-        x: Clean images in [-1, 1], (B, C, H, W).
-        eps: Noise, like x.
-        t: Times, (B,).
-        condition: What the backbone takes besides: memory (B, D), label (B,).
-    """
-
-    ids: Tensor
-    x: Tensor
-    eps: Tensor
-    t: Tensor
-    condition: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Batches:
-    """The batches of a run, as a function of the step.
-
-    Attributes:
-        data: Where the images come from; held-out ones are never drawn.
-        density: Where the times are drawn.
-        batch_size: Images per step.
-        seed: The run's seed.
-        bank: Snippets of the same data set, or None.
-        dropout: Rate at which numbers of a snippet are zeroed.
-        labels: Whether the class label is a condition.
-    """
-
-    data: DataSet
-    density: TimeDensity
-    batch_size: int
-    seed: int
-    bank: MemoryBank | None = None
-    dropout: float = 0.0
-    labels: bool = False
-    _orders: dict[int, Tensor] = field(default_factory=dict, repr=False)
-
-    def __call__(self, step: int) -> Batch:
-        """Returns the batch of optimizer step `step`, counted from 0."""
-        index = self._index(step)
-        flip = self._flip(step)
-        x = to_float(self.data.images(index))
-        x = torch.where(flip[:, None, None, None], x.flip(-1), x)
-        eps = randomness.normal(x.shape, self.seed, "noise", step)
-        t = self.density.sample(stratified(len(index), self.seed, "time", step)).float()
-        condition = {}
-        if self.bank is not None:
-            condition["memory"] = self._drop(self.bank.lookup(index, flip), step)
-        if self.labels:
-            condition["label"] = self.data.labels[index]
-        return Batch(index, x, eps, t, condition)
-
-    def _index(self, step: int) -> Tensor:
-        """Position p of the run is image p mod N of epoch p // N, each epoch in its own order."""
-        train = self.data.train_indices
-        position = step * self.batch_size + torch.arange(self.batch_size)
-        epochs = torch.div(position, len(train), rounding_mode="floor")
-        parts = [
-            train[self._order(epoch)[position[epochs == epoch] % len(train)]]
-            for epoch in epochs.unique().tolist()
-        ]
-        return torch.cat(parts)
-
-    def _order(self, epoch: int) -> Tensor:
-        if epoch not in self._orders:
-            self._orders.clear()
-            num = len(self.data.train_indices)
-            self._orders[epoch] = randomness.permutation(num, self.seed, "order", epoch)
-        return self._orders[epoch]
-
-    def _flip(self, step: int) -> Tensor:
-        if not self.data.flip:
-            return torch.zeros(self.batch_size, dtype=torch.bool)
-        return randomness.uniform((self.batch_size,), self.seed, "flip", step) < 0.5
-
-    def _drop(self, memory: Tensor, step: int) -> Tensor:
-        if self.dropout == 0:
-            return memory
-        keep = randomness.uniform(memory.shape, self.seed, "snippet", step) >= self.dropout
-        return memory * keep / (1 - self.dropout)
 
 
 class TrainState:
@@ -198,12 +108,14 @@ class TrainState:
     def checkpoint(self) -> Checkpoint:
         """Returns a copy-free view of everything, to be written at once."""
         moments = {
-            f"{name}.{key}": value
+            f"moments.{name}.{key}": value
             for name, parameter in self.objective.named_parameters()
             for key, value in self.optimizer.state.get(parameter, {}).items()
         }
+        head = self.objective.head.state_dict() if self.objective.head is not None else {}
+        training = {**moments, **{f"head.{name}": value for name, value in head.items()}}
         model = self.objective.denoiser.backbone.state_dict()
-        tensors = {"model": model, "ema": self.ema.state_dict(), "optimizer": moments}
+        tensors = {"model": model, "ema": self.ema.state_dict(), "training": training}
         state = {"step": self.step, "sums": self.sums, "threads": torch.get_num_threads()}
         return Checkpoint(self.step, tensors, state)
 
@@ -212,9 +124,13 @@ class TrainState:
         self.objective.denoiser.backbone.load_state_dict(saved.tensors["model"])
         self.ema.load_state_dict(dict(saved.tensors["ema"]))
         parameters = dict(self.objective.named_parameters())
-        for name, value in saved.tensors["optimizer"].items():
-            parameter, key = name.rsplit(".", 1)
-            self.optimizer.state[parameters[parameter]][key] = value
+        for name, value in saved.tensors["training"].items():
+            kind, rest = name.split(".", 1)
+            if kind == "moments":
+                parameter, key = rest.rsplit(".", 1)
+                self.optimizer.state[parameters[parameter]][key] = value
+            else:
+                self.objective.get_parameter(name).data.copy_(value)
         self.step = saved.step
         self.sums = dict(saved.state["sums"])
 
@@ -247,6 +163,9 @@ def train_step(state: TrainState, batch: Batch, cfg: TrainConfig) -> dict[str, T
     if losses.cosine is not None:
         metrics["cosine"] = losses.cosine.mean()
         total = total + cfg.cosine_weight * metrics["cosine"]
+    if losses.align is not None:
+        metrics["align"] = losses.align.mean()
+        total = total + cfg.align_weight * metrics["align"]
     total.backward()
     norm = nn.utils.clip_grad_norm_(state.objective.parameters(), cfg.grad_clip)
     if not torch.isfinite(total.detach() + norm):

@@ -4,14 +4,15 @@
 
 The vector, called a snippet, tells the network what an image is about, so that its weights need not
 hold that knowledge. The bank is made once, by a frozen encoder, and never changes: an edit returns
-a new bank. Rows are in the order of the data set, so row i belongs to image i, and the bank
-remembers the encoder and the data it was made from.
+a new bank, which remembers what was done. As built, rows are in the order of the data set, so row i
+belongs to image i, and the bank remembers the encoder and the data it was made from.
 
-Vectors are normalised in float32 and stored in float16; `lookup` normalises again, which takes back
-the rounding of the length. The decision to mirror an image is made once by the caller and passed to
-both the image and `lookup`, so that they never disagree.
+Vectors are normalised in float32 and stored in few bits (`store`); `lookup` normalises again, which
+takes back the rounding of the length. The decision to mirror an image is made once by the caller
+and passed to both the image and `lookup`, so that they never disagree.
 
-This room knows neither images nor encoders: it receives batches and a callable.
+A loaded bank is mapped from its file, and a saved one is written block by block: neither needs the
+memory that its vectors would take. This room knows neither images nor encoders.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,72 +32,102 @@ from torch.nn import functional
 
 from stratagem import artifact
 from stratagem.errors import InputError
+from stratagem.memory.ids import Ids
+from stratagem.memory.store import LowRank, Store, store_of
 from stratagem.randomness import generator
 
-__all__ = ["MemoryBank", "build"]
+__all__ = ["KIND", "MemoryBank"]
 
 KIND = "bank"
 
 
 @dataclass(frozen=True, eq=False)
 class MemoryBank:
-    """Unit-norm vectors of a data set; immutable.
+    """Unit-norm vectors of images; immutable.
 
     Attributes:
-        vectors: Snippets, shape (N, F, D), float16 or float32; F = 2 if mirrored ones are held.
+        store: Where the vectors are, N images of F sides; F = 2 if mirrored ones are held.
         labels: Class of each image or -1, shape (N,), int64.
         held_out: True for rows whose images training never sees, shape (N,), bool.
-        encoder: Description of what made the vectors.
-        data: Fingerprint of the data set they were made from.
+        encoder: Description of what made the vectors, with its preprocessing.
+        data: Fingerprint of the data set whose image i is row i; empty if there is none.
+        ids: Name of each image; if none are given, the number of its row.
+        frequency: Weight of each row in draws by frequency, shape (N,), float32, or None.
+        shape: (C, H, W) of the images that were encoded, or None if it is not known.
+        history: The edits that led here, oldest first, JSON-able.
     """
 
-    vectors: Tensor
+    store: Store
     labels: Tensor
     held_out: Tensor
     encoder: Mapping[str, Any]
     data: str
+    ids: Ids = field(default_factory=lambda: Ids.of(()))
+    frequency: Tensor | None = None
+    shape: tuple[int, int, int] | None = None
+    history: tuple[Mapping[str, Any], ...] = field(default=())
 
     def __post_init__(self) -> None:
-        num = len(self.vectors)
-        if self.vectors.ndim != 3 or num == 0 or self.vectors.shape[1] not in (1, 2):
-            raise InputError(f"bank vectors have shape {tuple(self.vectors.shape)}, not (N, F, D)")
-        if self.vectors.dtype not in (torch.float16, torch.float32):
-            raise InputError(f"bank vectors are {self.vectors.dtype}: use float16 or float32")
-        for name, column in (("labels", self.labels), ("held_out", self.held_out)):
-            if column.shape != (num,):
-                raise InputError(f"bank has {num} rows but {name} of shape {tuple(column.shape)}")
-        # copies, so that nobody who holds the originals can change the bank; `vectors` may be large
-        # and is taken over as it is
+        if not len(self.ids):
+            object.__setattr__(self, "ids", Ids.of(str(row) for row in range(self.num)))
+        columns = {"labels": self.labels, "held_out": self.held_out, "ids": self.ids.ends}
+        if self.frequency is not None:
+            columns["frequency"] = self.frequency
+        for name, column in columns.items():
+            if column.shape != (self.num,):
+                raise InputError(
+                    f"bank has {self.num} rows but {name} of shape {tuple(column.shape)}"
+                )
+        if self.frequency is not None:
+            self._check_frequency(self.frequency)
+        # copies, so that nobody who holds the originals can change the bank; vectors may be large
+        # and are taken over as they are
         object.__setattr__(self, "labels", self.labels.to(torch.int64, copy=True))
         object.__setattr__(self, "held_out", self.held_out.to(torch.bool, copy=True))
         object.__setattr__(self, "encoder", copy.deepcopy(dict(self.encoder)))
+        object.__setattr__(self, "history", tuple(copy.deepcopy(dict(e)) for e in self.history))
 
     @property
     def num(self) -> int:
         """Number of images N."""
-        return self.vectors.shape[0]
+        return self.store.num
 
     @property
     def dim(self) -> int:
         """Length D of a snippet."""
-        return self.vectors.shape[2]
+        return self.store.codec.dim
 
     @property
     def flips(self) -> bool:
         """Whether mirrored images have their own snippets."""
-        return self.vectors.shape[1] == 2
+        return self.store.sides == 2
+
+    @property
+    def format(self) -> str:
+        """How vectors are stored: float32, float16, int8 or low-rank."""
+        return self.store.codec.format
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the stored vectors take."""
+        shared = sum(tensor.nbytes for tensor in self.store.codec.constants().values())
+        own = self.store.layout().values()
+        return shared + sum(dtype.itemsize * math.prod(shape) for dtype, shape in own)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the content, equal to that of the saved file's manifest."""
+        sums = {name: hashlib.sha256() for name in self.layout()}
+        for name, _, rows in self._parts():
+            sums[name].update(artifact.raw_bytes(rows))
         files = {
             name: {
-                "sha256": hashlib.sha256(tensor.numpy().data).hexdigest(),
-                "bytes": tensor.nbytes,
+                "sha256": sums[name].hexdigest(),
+                "bytes": dtype.itemsize * math.prod(shape),
             }
-            for name, tensor in self._tensors().items()
+            for name, (dtype, shape) in self.layout().items()
         }
-        return artifact.Manifest(KIND, self._meta(), files).fingerprint
+        return artifact.Manifest(KIND, self.meta(), files).fingerprint
 
     def lookup(self, index: Tensor, flip: Tensor | None = None) -> Tensor:
         """Returns fresh copies of snippets, shape (B, D), float32, unit norm.
@@ -108,20 +140,40 @@ class MemoryBank:
             InputError: If an index is negative or too large, or a mirrored snippet is wanted of a
                 bank without them.
         """
-        index = self._checked(index)
-        side = torch.zeros_like(index) if flip is None else flip.to(index.device, torch.int64)
+        index = self.checked(index)
+        side = torch.zeros_like(index) if flip is None else flip.to("cpu", torch.int64)
         if side.shape != index.shape:
             raise InputError(f"{len(index)} rows but flip of shape {tuple(side.shape)}")
         if not self.flips and bool(side.any()):
             raise InputError("the bank has no snippets of mirrored images: build it with flips")
-        return functional.normalize(self.vectors[index, side].float(), dim=1)
+        return functional.normalize(self.store.rows(index, side), dim=1)
+
+    def checked(self, index: Tensor) -> Tensor:
+        """Returns rows as int64 on the CPU.
+
+        Raises:
+            InputError: If they are not a list of integers, or one is outside the bank.
+        """
+        if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
+            raise InputError(f"bank rows must be a list of integers, not {index.dtype} tensors")
+        index = index.to("cpu", torch.int64)
+        wrong = index[(index < 0) | (index >= self.num)]
+        if len(wrong):
+            raise InputError(f"no row {int(wrong[0])} in the bank: it has 0 to {self.num - 1}")
+        return index
 
     def check(self, data_fingerprint: str) -> None:
         """Refuses a data set that the bank was not made from.
 
         Raises:
-            InputError: If the fingerprints differ.
+            InputError: If the fingerprints differ, or an edit has moved the rows.
         """
+        if not self.data:
+            edits = ", ".join(str(entry["edit"]) for entry in self.history) or "import"
+            raise InputError(
+                f"the rows of the bank are not the images of a data set ({edits}): train with a "
+                "bank as built from it, and sample with this one"
+            )
         if data_fingerprint != self.data:
             raise InputError(
                 f"the bank was made from data set {self.data[:12]}, not from this one "
@@ -131,55 +183,102 @@ class MemoryBank:
     def info(self) -> dict[str, Any]:
         """Returns what a reader wants to know of the bank, JSON-able."""
         known, counts = self.labels.unique(return_counts=True)
+        codec = self.store.codec
+        rank = {"rank": codec.rank} if isinstance(codec, LowRank) else {}
         return {
             "num": self.num,
             "dim": self.dim,
             "flips": self.flips,
-            "dtype": str(self.vectors.dtype).removeprefix("torch."),
-            "bytes": self.vectors.nbytes,
+            "format": self.format,
+            **rank,
+            "bytes": self.nbytes,
             "held_out": int(self.held_out.sum()),
             "labels": dict(zip(known.tolist(), counts.tolist(), strict=True)),
+            "frequencies": self.frequency is not None,
             "mean_cosine": self._mean_cosine(),
             "encoder": copy.deepcopy(dict(self.encoder)),
+            "shape": self.shape,
             "data": self.data,
+            "history": copy.deepcopy(list(self.history)),
             "fingerprint": self.fingerprint,
         }
 
-    def save(self, path: Path, *, replace: bool = False) -> artifact.Manifest:
-        """Writes the bank to one safetensors file.
+    def columns(self) -> dict[str, Tensor]:
+        """Returns what is small: all that belongs to rows but the vectors, and what they share."""
+        columns = {
+            "labels": self.labels,
+            "held_out": self.held_out,
+            "ids": self.ids.block,
+            "id_ends": self.ids.ends,
+        }
+        if self.frequency is not None:
+            columns["frequency"] = self.frequency.float()
+        return columns | self.store.codec.constants()
+
+    def layout(self) -> artifact.Layout:
+        """Returns type and shape of all that its file holds."""
+        small = {name: (t.dtype, tuple(t.shape)) for name, t in self.columns().items()}
+        return small | self.store.layout()
+
+    def meta(self) -> dict[str, Any]:
+        """Returns what the head of its file says, JSON-able."""
+        return {
+            "encoder": dict(self.encoder),
+            "data": self.data,
+            "shape": list(self.shape) if self.shape is not None else None,
+            "history": [dict(entry) for entry in self.history],
+        }
+
+    def save(
+        self,
+        path: Path,
+        *,
+        replace: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> artifact.Manifest:
+        """Writes the bank to one safetensors file, block by block.
+
+        Args:
+            path: The file.
+            replace: Whether an existing file gives way.
+            progress: Called after each block with the number of images done and of all.
 
         Raises:
             InputError: If `path` exists and `replace` is false.
         """
-        path = Path(path)
-        return artifact.write_tensors(path, KIND, self._tensors(), self._meta(), replace=replace)
+        layout, meta = self.layout(), self.meta()
+        with artifact.stream_tensors(Path(path), KIND, layout, meta, replace=replace) as draft:
+            for name, start, rows in self._parts():
+                draft.write(name, start, rows)
+                if progress is not None and name in self.store.layout():
+                    progress(start + len(rows), self.num)
+        return draft.manifest
 
     @classmethod
     def load(cls, path: Path, *, verify: bool = True) -> MemoryBank:
-        """Reads a bank; with `verify`, the sums of its tensors are compared.
+        """Maps a bank; with `verify`, its file is read once and the sums are compared.
 
         Raises:
             InputError: If there is no bank at `path`.
             DamagedArtifact: If it is truncated or altered.
         """
         tensors, manifest = artifact.read_tensors(Path(path), KIND, verify=verify)
-        return cls(**tensors, encoder=manifest.meta["encoder"], data=manifest.meta["data"])
+        bank = cls(**_fields(tensors, manifest.meta))
+        bank.__dict__["fingerprint"] = manifest.fingerprint  # known: the content need not be read
+        return bank
 
-    def _tensors(self) -> dict[str, Tensor]:
-        columns = {"vectors": self.vectors, "labels": self.labels, "held_out": self.held_out}
-        return {name: tensor.cpu().contiguous() for name, tensor in columns.items()}
+    def _parts(self) -> Iterator[tuple[str, int, Tensor]]:
+        """Yields (name, first row, rows) of all tensors, rows of a tensor in order."""
+        for name, column in self.columns().items():
+            yield name, 0, column
+        for start, columns in self.store.blocks():
+            for name, rows in columns.items():
+                yield name, start, rows
 
-    def _meta(self) -> dict[str, Any]:
-        return {"encoder": dict(self.encoder), "data": self.data}
-
-    def _checked(self, index: Tensor) -> Tensor:
-        if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
-            raise InputError(f"bank rows must be a list of integers, not {index.dtype} tensors")
-        index = index.to(self.vectors.device, torch.int64)
-        wrong = index[(index < 0) | (index >= self.num)]
-        if len(wrong):
-            raise InputError(f"no row {int(wrong[0])} in the bank: it has 0 to {self.num - 1}")
-        return index
+    def _check_frequency(self, frequency: Tensor) -> None:
+        usable = torch.isfinite(frequency).all() and (frequency >= 0).all()
+        if not usable or not frequency.sum() > 0:
+            raise InputError("bank frequencies must be finite, not negative, and not all zero")
 
     def _mean_cosine(self, pairs: int = 4096) -> float | None:
         """Mean cosine of random pairs of different rows: near 1, the encoder tells little apart."""
@@ -192,64 +291,17 @@ class MemoryBank:
         return float((a * b).sum(1).mean())
 
 
-def build(
-    batches: Iterable[Tensor],
-    encode: Callable[[Tensor], Tensor],
-    *,
-    num: int,
-    flips: bool,
-    labels: Tensor,
-    held_out: Tensor,
-    encoder: Mapping[str, Any],
-    data: str,
-    dtype: torch.dtype = torch.float16,
-    progress: Callable[[int], None] | None = None,
-) -> MemoryBank:
-    """Makes a bank in one pass over the images.
-
-    Args:
-        batches: All images of the data set in order, each of shape (B, C, H, W), uint8.
-        encode: Maps such a batch to vectors of any length, shape (B, D).
-        num: Number of images N.
-        flips: Whether mirrored images get their own snippets; only if the data may be mirrored.
-        labels: Class of each image or -1, shape (N,).
-        held_out: Which images training never sees, shape (N,).
-        encoder: Description of the encoder.
-        data: Fingerprint of the data set.
-        dtype: How vectors are stored, float16 or float32.
-        progress: Called after each batch with the number of images done.
-
-    Raises:
-        InputError: If a vector is zero or not finite, or the number of images is not `num`.
-    """
-    vectors: Tensor | None = None
-    done = 0
-    for batch in batches:
-        sides = [batch, batch.flip(-1)] if flips else [batch]
-        rows = torch.stack([_unit(encode(side), done) for side in sides], dim=1)
-        if vectors is None:
-            vectors = torch.empty((num, *rows.shape[1:]), dtype=dtype)
-        if done + len(rows) > num:
-            raise InputError(f"the data set has more images than the {num} it announced")
-        vectors[done : done + len(rows)] = rows
-        done += len(rows)
-        if progress is not None:
-            progress(done)
-    if vectors is None or done != num:
-        raise InputError(f"the data set has {done} images, not the {num} it announced")
-    return MemoryBank(vectors, labels, held_out, encoder, data)
-
-
-def _unit(vectors: Tensor, start: int) -> Tensor:
-    """Scales rows to length 1 in float32, on the CPU; `start` is the bank row of the first."""
-    vectors = vectors.detach().to("cpu", torch.float32)
-    # divided by the largest entry first, for the square of a large or tiny one leaves float32
-    vectors = vectors / vectors.abs().amax(1, keepdim=True)
-    bad = (~torch.isfinite(vectors).all(1)).nonzero().flatten()
-    if len(bad):
-        row = start + int(bad[0])
-        raise InputError(
-            f"the encoder gives no usable vector for image {row}: it is zero or not finite; "
-            "remove that image or choose another encoder"
-        )
-    return functional.normalize(vectors, dim=1)
+def _fields(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a bank from the content of its file."""
+    shape = meta.get("shape")
+    return {
+        "store": store_of(tensors),
+        "labels": tensors["labels"],
+        "held_out": tensors["held_out"],
+        "encoder": meta["encoder"],
+        "data": meta["data"],
+        "ids": Ids(tensors["ids"], tensors["id_ends"]) if "ids" in tensors else Ids.of(()),
+        "frequency": tensors.get("frequency"),
+        "shape": tuple(shape) if shape is not None else None,
+        "history": tuple(meta.get("history", ())),
+    }

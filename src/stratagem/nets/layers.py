@@ -142,10 +142,11 @@ class Condition(nn.Module):
         c = time embedding + label row + (P (s m) + b)
 
     What is not given is null, and null is a value of its own: `label=None` is the class
-    `num_classes` in every row, `memory=None` the zero vector in every row (of which b remains, as
-    in GMem's guidance). So None equals a batch of null rows, and a batch may mix rows with and
-    without a condition. Nothing is dropped here: whoever trains with dropped conditions passes
-    null rows.
+    `num_classes` in every row, `memory=None` the zero vector in every row. A zero vector leaves b,
+    as in GMem's guidance, which never trained it; with `null_memory` it gives a vector of its own
+    instead, learned from rows whose snippet was dropped. So None equals a batch of null rows, and
+    a batch may mix rows with and without a condition. Nothing is dropped here: whoever trains with
+    dropped conditions passes null rows, or factors `memory_keep`.
 
     Args:
         width: Width of the network.
@@ -153,6 +154,7 @@ class Condition(nn.Module):
         memory_dim: Length of a memory vector, 0 for none.
         time_scale: Factor on the time.
         memory_scale: Factor s on the memory vector.
+        null_memory: Whether a zero memory vector has an embedding of its own.
     """
 
     def __init__(
@@ -162,15 +164,29 @@ class Condition(nn.Module):
         memory_dim: int = 0,
         time_scale: float = 1.0,
         memory_scale: float = 1.0,
+        null_memory: bool = False,
     ) -> None:
         super().__init__()
         self.memory_scale = memory_scale
         self.time = TimeEmbedding(width, time_scale)
         self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
         self.memory = nn.Linear(memory_dim, width) if memory_dim else None
+        self.null = nn.Parameter(torch.zeros(width)) if null_memory else None
 
-    def forward(self, time: Tensor, memory: Tensor | None, label: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        time: Tensor,
+        memory: Tensor | None,
+        label: Tensor | None,
+        memory_keep: Tensor | None = None,
+    ) -> Tensor:
         """Returns c of times (B,), memory (B, D) or None, label (B,) or None.
+
+        Args:
+            time: Times.
+            memory: Memory vectors; a zero row is null.
+            label: Classes; num_classes is null.
+            memory_keep: Factors on the embedded memory, (B, width): GMem v1's place of dropout.
 
         Raises:
             ValueError: If a condition is given for which the network has no input.
@@ -182,11 +198,22 @@ class Condition(nn.Module):
         elif label is not None:
             raise ValueError("a label was given to a network built with num_classes=0")
         if self.memory is not None:
-            b = self.memory.bias
-            c_BW = c_BW + (b if memory is None else self.memory(self.memory_scale * memory))
+            c_BW = c_BW + self._embed_memory(self.memory, memory, memory_keep)
         elif memory is not None:
             raise ValueError("memory was given to a network built with memory_dim=0")
         return c_BW
+
+    def _embed_memory(
+        self, projection: nn.Linear, memory: Tensor | None, keep: Tensor | None
+    ) -> Tensor:
+        if memory is None:
+            return projection.bias if self.null is None else self.null
+        embedded = projection(self.memory_scale * memory)
+        if keep is not None:
+            embedded = embedded * keep
+        if self.null is None:
+            return embedded
+        return torch.where((memory == 0).all(1, keepdim=True), self.null, embedded)
 
 
 # --- block -------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from stratagem.nets.layers import (
 )
 
 __all__ = [
+    "SIZES",
     "Features",
     "Size",
     "TransformerConfig",
@@ -58,7 +59,7 @@ class Size(NamedTuple):
     heads: int
 
 
-_SIZES = {
+SIZES = {
     "S": Size(384, 12, 6),
     "B": Size(768, 12, 12),
     "L": Size(1024, 24, 16),
@@ -78,9 +79,9 @@ def size(name: str) -> Size:
         >>> size("B")
         Size(width=768, depth=12, heads=12)
     """
-    if name not in _SIZES:
-        raise InputError(f"unknown network size {name!r}: choose one of {', '.join(_SIZES)}")
-    return _SIZES[name]
+    if name not in SIZES:
+        raise InputError(f"unknown network size {name!r}: choose one of {', '.join(SIZES)}")
+    return SIZES[name]
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class TransformerConfig:
         time_scale: Factor on the time before its sinusoids.
         memory_scale: Factor on the memory vector. A unit vector of D numbers is a weak signal
             beside the time; sqrt(D) gives its numbers unit variance. GMem has 1.
+        null_memory: Whether the absence of memory has a learned embedding of its own.
         init: "adaln-zero": every block starts as the identity and the output at 0 (DiT). "gmem":
             the modulation and the output start like every other map; only biases are 0.
 
@@ -128,6 +130,7 @@ class TransformerConfig:
     shift: bool = True
     time_scale: float = 1.0
     memory_scale: float = 1.0
+    null_memory: bool = False
     init: _Init = "adaln-zero"
 
     def __post_init__(self) -> None:
@@ -234,7 +237,12 @@ class TransformerEncoder(nn.Module):
         self.patch = cfg.patch
         self.embed = nn.Linear(cfg.patch_width, cfg.width)
         self.condition = Condition(
-            cfg.width, cfg.num_classes, cfg.memory_dim, cfg.time_scale, cfg.memory_scale
+            cfg.width,
+            cfg.num_classes,
+            cfg.memory_dim,
+            cfg.time_scale,
+            cfg.memory_scale,
+            cfg.null_memory,
         )
         self.stack = _Stack(cfg, cfg.width, depth)
         self.register_buffer("positions", sincos_positions(cfg.width, cfg.grid), persistent=False)
@@ -247,13 +255,14 @@ class TransformerEncoder(nn.Module):
         *,
         memory: Tensor | None = None,
         label: Tensor | None = None,
+        memory_keep: Tensor | None = None,
     ) -> Features:
-        """Encodes images (B, C, S, S) at times (B,), with memory (B, D), label (B,) or None.
+        """Encodes images (B, C, S, S) at times (B,); conditions as in `layers.Condition`.
 
         Raises:
             ValueError: If a condition is given for which the network has no input.
         """
-        c_BW = self.condition(time, memory, label)
+        c_BW = self.condition(time, memory, label, memory_keep)
         h_BLW = self.embed(patchify(x_t, self.patch)) + self.positions
         return Features(self.stack(h_BLW, functional.silu(c_BW)), c_BW)
 

@@ -9,6 +9,7 @@ are made changes it. For a run with memory the artifact says which snippet made 
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +22,10 @@ from torch import Tensor
 from stratagem import artifact, randomness
 from stratagem.assemble import Model
 from stratagem.data.images import to_uint8
+from stratagem.denoiser import Predictor
 from stratagem.errors import InputError
 from stratagem.grid import time_grid
+from stratagem.guidance import ClassifierFree, Interval
 from stratagem.memory.draw import Policy, draw
 from stratagem.programs import Progress, silent
 from stratagem.sampler import (
@@ -32,13 +35,18 @@ from stratagem.sampler import (
     EulerMaruyama,
     Heun,
     Sampler,
+    StochasticHeun,
     sample,
 )
 from stratagem.schedule import EDM, NoiseSchedule
 
 __all__ = ["SampleConfig", "Samples", "load_images", "make_solver", "sample_run", "save_samples"]
 
+log = logging.getLogger(__name__)
 KIND = "samples"
+
+
+SamplerName = Literal["euler", "ddim", "heun", "dpm++2m", "euler-maruyama", "heun-sde"]
 
 
 @dataclass(frozen=True)
@@ -48,8 +56,13 @@ class SampleConfig:
     Attributes:
         num: How many images.
         seed: Seed of noise and snippets.
-        sampler: The solver.
+        sampler: The solver; euler-maruyama and heun-sde draw noise on the way, with w(t) = sigma_t.
         steps: Intervals of the time grid.
+        shift: Above 1 puts more steps near the noise; LightningDiT's and GMem's k is 1 / k here.
+        last_step: Size of the last step, to no noise; 0 for one as long as the others.
+        guidance: Strength of classifier-free guidance; 1 for none.
+        guide_from: Smallest guided time.
+        guide_to: Largest guided time; GMem's interval start s is 1 - s here.
         snippets: Which rows of the bank, see `memory.draw`; only for a run with memory.
         label: The class: of the snippets with "label", or of a run conditioned on classes.
         batch_size: Images sampled at once.
@@ -57,8 +70,13 @@ class SampleConfig:
 
     num: int = 64
     seed: int = 0
-    sampler: Literal["euler", "ddim", "heun", "dpm++2m", "euler-maruyama"] = "heun"
+    sampler: SamplerName = "heun"
     steps: int = 50
+    shift: float = 1.0
+    last_step: float = 0.0
+    guidance: float = 1.0
+    guide_from: float = 0.0
+    guide_to: float = 1.0
     snippets: Policy = "train"
     label: int | None = None
     batch_size: int = 256
@@ -93,6 +111,7 @@ def sample_run(model: Model, cfg: SampleConfig, *, progress: Progress = silent) 
         labels = _labels(cfg, model.num_classes)
     solver, times = make_solver(cfg, model.denoiser.schedule)
     sigma = float(model.denoiser.schedule.sigma(times[0]))
+    predictor = _guided(model, cfg)
     images = torch.empty((cfg.num, *model.shape), dtype=torch.uint8)
     for start in range(0, cfg.num, cfg.batch_size):
         rows = slice(start, min(start + cfg.batch_size, cfg.num))
@@ -103,7 +122,7 @@ def sample_run(model: Model, cfg: SampleConfig, *, progress: Progress = silent) 
         if labels is not None:
             condition["label"] = labels[rows]
         start_noise = randomness.normal_rows(seeds, model.shape, "start")
-        x = sample(model.denoiser, solver, sigma * start_noise, times, seeds=seeds, **condition)
+        x = sample(predictor, solver, sigma * start_noise, times, seeds=seeds, **condition)
         images[rows] = to_uint8(x)
         progress(rows.stop, cfg.num)
     return Samples(images, snippets, labels)
@@ -169,13 +188,12 @@ def _from_npz(path: Path, channels: int) -> Tensor:
 
 
 def make_solver(cfg: SampleConfig, schedule: NoiseSchedule) -> tuple[Sampler, Tensor]:
-    """Returns the solver and its time grid: EDM's own for its schedule, else uniform in t.
+    """Returns the solver and its time grid: EDM's own for its schedule, else even or shifted.
 
     Raises:
         InputError: If the solver does not go with the schedule.
     """
-    edm = isinstance(schedule, EDM)
-    grid = time_grid(cfg.steps, "karras", schedule=schedule) if edm else time_grid(cfg.steps)
+    edm, grid = isinstance(schedule, EDM), _grid(cfg, schedule)
     match cfg.sampler:
         case "euler":
             return Euler(), grid
@@ -187,7 +205,38 @@ def make_solver(cfg: SampleConfig, schedule: NoiseSchedule) -> tuple[Sampler, Te
             return DPMSolver2M(), grid
         case "euler-maruyama" if not edm:
             return EulerMaruyama(), grid
+        case "heun-sde" if not edm:
+            return StochasticHeun(), grid
     raise InputError(f"--sampler {cfg.sampler} does not go with schedule edm: choose heun")
+
+
+def _grid(cfg: SampleConfig, schedule: NoiseSchedule) -> Tensor:
+    if isinstance(schedule, EDM):
+        if cfg.shift != 1 or cfg.last_step:
+            raise InputError("--shift and --last-step have no effect on schedule edm's own grid")
+        return time_grid(cfg.steps, "karras", schedule=schedule)
+    if cfg.shift != 1 and cfg.last_step:
+        raise InputError("--shift and --last-step do not go together: give one")
+    if cfg.shift != 1:
+        return time_grid(cfg.steps, "shifted", shift=cfg.shift)
+    return time_grid(cfg.steps, last_step=cfg.last_step) if cfg.last_step else time_grid(cfg.steps)
+
+
+def _guided(model: Model, cfg: SampleConfig) -> Predictor:
+    """Wraps the denoiser by guidance, if there is any."""
+    if cfg.guidance == 1:
+        if (cfg.guide_from, cfg.guide_to) != (0.0, 1.0):
+            raise InputError("--guide-from and --guide-to have no effect without --guidance")
+        return model.denoiser
+    if model.bank is None and not model.num_classes:
+        raise InputError("--guidance has no effect: this run has neither memory nor classes")
+    if not model.config.train.condition_dropout:
+        log.warning(
+            "the run was trained without train.condition_dropout, so what guidance leads away from "
+            "was never learned"
+        )
+    guided = ClassifierFree(model.denoiser, cfg.guidance, null_label=model.num_classes)
+    return Interval(guided, cfg.guide_from, cfg.guide_to)
 
 
 def _labels(cfg: SampleConfig, num_classes: int) -> Tensor:
