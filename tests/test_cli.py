@@ -9,12 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from stratagem.cli import VERBS, main
+from stratagem.data.shards import DataSet
 
 CONFIG = """
 data: data
@@ -105,6 +108,30 @@ def test_samples_can_be_evaluated_alone(inside: Path, capsys: pytest.CaptureFixt
     code, _, err = run("evaluate samples --reference data --features pixels", capsys)
     assert code == 2
     assert "too few" in err
+
+
+def test_snippets_near_between_and_from_noise(
+    inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What made which image is written down, and does not depend on how many are made."""
+    data = DataSet.open(inside / "data")
+    Image.fromarray(data.images(torch.tensor([7]))[0, 0].numpy()).save(inside / "seven.png")
+    row = int((data.train_indices == 7).any())
+
+    def made(name: str, words: str) -> list[Any]:
+        line = f"sample runs/both --steps 2 --out {name} --sampler euler {words}"
+        assert run(line, capsys)[0] == 0
+        return json.loads((inside / name / "made_from.json").read_text())["snippets"]
+
+    near = made("near", "--num 3 --snippets near --like seven.png")
+    assert len(set(near)) == 3
+    assert row == 0 or near[0] == 7
+    for policy in ("pairs", "noise", "stratified"):
+        few = made(f"few-{policy}", f"--num 2 --snippets {policy}")
+        assert few == made(f"more-{policy}", f"--num 5 --snippets {policy} --batch-size 2")[:2]
+    first, second, weight = made("pair", "--num 1 --snippets pairs")[0]
+    assert first != second
+    assert 0 <= weight < 1
 
 
 def test_guided_and_stochastic_samples(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,6 +226,8 @@ WRONG = {
     "sample runs/both --out x --step 4": "it has 3, 6",
     "sample runs/both --out x --label 77": "give a label with",
     "sample runs/plain --out x --snippets held-out": "without memory",
+    "sample runs/both --out x --snippets near": "--like",
+    "sample runs/both --out x --snippets noise --label 3": "no effect",
     "sample runs/plain --out x --guidance 2": "neither memory nor classes",
     "sample runs/both --out x --guide-to 0.5": "without --guidance",
     "sample runs/both --out x --guidance 2 --guide-from 0.9 --guide-to 0.5": "guidance interval",

@@ -356,6 +356,15 @@ def _encode(bank: MemoryBank, source: Path, progress: Progress) -> _Encoded:
     return _Encoded(torch.cat(vectors), names, rejected)
 
 
+def encode_images(bank: MemoryBank, source: Path, progress: Progress = silent) -> Tensor:
+    """Returns the vectors of an image or a folder of them by the bank's encoder, (Q, D).
+
+    Raises:
+        InputError: If no image can be used, or the bank does not say how it was made.
+    """
+    return _encode(bank, source, progress).vectors[:, 0]
+
+
 def _encoder(bank: MemoryBank) -> tuple[Encoder, int, Literal[1, 3]]:
     """Returns the encoder that made a bank, and side and channels of the images it saw."""
     if bank.shape is None:

@@ -26,8 +26,8 @@ from stratagem.denoiser import Predictor
 from stratagem.errors import InputError
 from stratagem.grid import time_grid
 from stratagem.guidance import ClassifierFree, Interval
-from stratagem.memory.draw import Policy, draw
 from stratagem.programs import Progress, silent
+from stratagem.programs.snippets import Choice, SnippetPolicy, choose
 from stratagem.sampler import (
     DDIM,
     DPMSolver2M,
@@ -63,7 +63,8 @@ class SampleConfig:
         guidance: Strength of classifier-free guidance; 1 for none.
         guide_from: Smallest guided time.
         guide_to: Largest guided time; GMem's interval start s is 1 - s here.
-        snippets: Which rows of the bank, see `memory.draw`; only for a run with memory.
+        snippets: Which rows of the bank, see `programs.snippets`; only for a run with memory.
+        like: An image or a folder of them, for snippets near.
         label: The class: of the snippets with "label", or of a run conditioned on classes.
         batch_size: Images sampled at once.
     """
@@ -77,7 +78,8 @@ class SampleConfig:
     guidance: float = 1.0
     guide_from: float = 0.0
     guide_to: float = 1.0
-    snippets: Policy = "train"
+    snippets: SnippetPolicy = "train"
+    like: str | None = None
     label: int | None = None
     batch_size: int = 256
 
@@ -88,12 +90,12 @@ class Samples:
 
     Attributes:
         images: uint8, (N, C, H, W).
-        snippets: Row of the bank behind each image, (N,), or None.
+        snippets: The snippets behind the images, or None.
         labels: Class behind each image, (N,), or None.
     """
 
     images: Tensor
-    snippets: Tensor | None
+    snippets: Choice | None
     labels: Tensor | None
 
 
@@ -106,7 +108,15 @@ def sample_run(model: Model, cfg: SampleConfig, *, progress: Progress = silent) 
     _check(model, cfg)
     snippets = labels = None
     if model.bank is not None:
-        snippets = draw(model.bank, cfg.num, cfg.snippets, cfg.seed, cfg.label)
+        snippets = choose(
+            model.bank,
+            cfg.num,
+            cfg.snippets,
+            seed=cfg.seed,
+            label=cfg.label,
+            like=cfg.like,
+            noise=lambda rows: _start_noise(cfg, rows, model.shape),
+        )
     if model.num_classes:
         labels = _labels(cfg, model.num_classes)
     solver, times = make_solver(cfg, model.denoiser.schedule)
@@ -115,14 +125,13 @@ def sample_run(model: Model, cfg: SampleConfig, *, progress: Progress = silent) 
     images = torch.empty((cfg.num, *model.shape), dtype=torch.uint8)
     for start in range(0, cfg.num, cfg.batch_size):
         rows = slice(start, min(start + cfg.batch_size, cfg.num))
-        seeds = [(cfg.seed << 40) + j for j in range(rows.start, rows.stop)]
         condition: dict[str, Any] = {}
         if model.bank is not None and snippets is not None:
-            condition["memory"] = model.bank.lookup(snippets[rows])
+            condition["memory"] = snippets.memory(model.bank, rows)
         if labels is not None:
             condition["label"] = labels[rows]
-        start_noise = randomness.normal_rows(seeds, model.shape, "start")
-        x = sample(predictor, solver, sigma * start_noise, times, seeds=seeds, **condition)
+        x_T = sigma * _start_noise(cfg, rows, model.shape)
+        x = sample(predictor, solver, x_T, times, seeds=_seeds(cfg, rows), **condition)
         images[rows] = to_uint8(x)
         progress(rows.stop, cfg.num)
     return Samples(images, snippets, labels)
@@ -145,7 +154,7 @@ def save_samples(
                 flat = picture[..., 0] if picture.shape[-1] == 1 else picture
                 Image.fromarray(flat).save(folder / f"{number:06d}.png")
         made = {
-            "snippets": samples.snippets.tolist() if samples.snippets is not None else None,
+            "snippets": samples.snippets.record() if samples.snippets is not None else None,
             "labels": samples.labels.tolist() if samples.labels is not None else None,
         }
         (folder / "made_from.json").write_text(json.dumps(made))
@@ -210,6 +219,15 @@ def make_solver(cfg: SampleConfig, schedule: NoiseSchedule) -> tuple[Sampler, Te
     raise InputError(f"--sampler {cfg.sampler} does not go with schedule edm: choose heun")
 
 
+def _seeds(cfg: SampleConfig, rows: slice) -> list[int]:
+    """Returns one number per image, different for every (seed, j)."""
+    return [(cfg.seed << 40) + j for j in range(rows.start, rows.stop)]
+
+
+def _start_noise(cfg: SampleConfig, rows: slice, shape: tuple[int, int, int]) -> Tensor:
+    return randomness.normal_rows(_seeds(cfg, rows), shape, "start")
+
+
 def _grid(cfg: SampleConfig, schedule: NoiseSchedule) -> Tensor:
     if isinstance(schedule, EDM):
         if cfg.shift != 1 or cfg.last_step:
@@ -249,7 +267,7 @@ def _labels(cfg: SampleConfig, num_classes: int) -> Tensor:
 def _check(model: Model, cfg: SampleConfig) -> None:
     if cfg.num < 1 or cfg.steps < 1 or cfg.batch_size < 1:
         raise InputError("--num, --steps and --batch-size must be at least 1")
-    if model.bank is None and cfg.snippets != "train":
+    if model.bank is None and (cfg.snippets != "train" or cfg.like is not None):
         raise InputError("--snippets has no effect: this run was trained without memory")
     if cfg.label is not None and model.bank is None and not model.num_classes:
         raise InputError("--label has no effect: this run knows no classes")
