@@ -15,7 +15,6 @@ Statistics are per channel, of pixels as networks see them: x = u / 127.5 - 1.
 
 from __future__ import annotations
 
-import bisect
 import functools
 import itertools
 import json
@@ -87,7 +86,7 @@ class DataSet:
         self.names: list[str] = json.loads((path / "names.json").read_text())
         rejected = json.loads((path / "rejected.json").read_text())
         self.rejected: list[tuple[str, str]] = [(name, cause) for name, cause in rejected]
-        self._starts = [0, *itertools.accumulate(meta["shards"])]
+        self._starts = torch.tensor([0, *itertools.accumulate(meta["shards"])])
         self._shards = [
             _map_images(path / _shard_name(number), (count, *self.shape))
             for number, count in enumerate(meta["shards"])
@@ -117,12 +116,14 @@ class DataSet:
         Raises:
             InputError: If an index is negative or not below `num`.
         """
+        wrong = indices[(indices < 0) | (indices >= self.num)]
+        if len(wrong):
+            raise InputError(f"no image {int(wrong[0])} in {self.path}: it has 0 to {self.num - 1}")
         out = torch.empty((len(indices), *self.shape), dtype=torch.uint8)
-        for row, index in enumerate(indices.tolist()):
-            if not 0 <= index < self.num:
-                raise InputError(f"no image {index} in {self.path}: it has 0 to {self.num - 1}")
-            shard = bisect.bisect_right(self._starts, index) - 1
-            out[row] = self._shards[shard][index - self._starts[shard]]
+        shards = torch.bucketize(indices, self._starts[1:], right=True)
+        for shard in shards.unique().tolist():
+            here = shards == shard
+            out[here] = self._shards[shard][indices[here] - self._starts[shard]]
         return out
 
     def batches(self, size: int) -> Iterator[Tensor]:
@@ -290,20 +291,8 @@ def _why_empty(source: str, rejected: Sequence[tuple[str, str]]) -> str:
 
 
 def _map_images(file: Path, shape: tuple[int, ...]) -> Tensor:
-    """Maps the tensor "images" of a safetensors file, shape (n, C, H, W), uint8.
-
-    `torch.from_file` maps copy-on-write and closes the file, so that thousands of shards do not use
-    up the process's file descriptors, as numpy's memmap would.
-    """
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            entry = json.loads(stream.read(min(length, size)))["images"]
-        start, end = (8 + length + offset for offset in entry["data_offsets"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedArtifact(f"{file} is damaged ({error}): rebuild the data set") from error
-    if end > size or end - start != math.prod(shape) or entry["dtype"] != "U8":
+    """Maps the tensor "images" of a shard, shape (n, C, H, W), uint8."""
+    images = artifact.read_tensor_file(file).get("images")
+    if images is None or tuple(images.shape) != shape or images.dtype != torch.uint8:
         raise DamagedArtifact(f"{file} is damaged: it does not hold {shape} uint8: rebuild it")
-    mapped = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
-    return mapped[start:end].view(shape)
+    return images
