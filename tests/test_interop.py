@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from official import FROM_NOISE, HEADS, PROJECTS, State, build, condition_of, golden
+from stratagem.artifact import read_tensor_file
 from stratagem.assemble import Model, open_run
 from stratagem.cli import main
 from stratagem.denoiser import Predictor
@@ -113,6 +114,18 @@ def test_imported_run_is_sampled_like_any_other(
     made = json.loads((model.path / "run.json").read_text())["meta"]
     assert made["imported"]["file"].startswith(name)
     assert len(made["imported"]["sha256"]) == 64
+
+
+@pytest.mark.parametrize("form", ["png", "npz"])
+def test_a_network_of_latents_gives_latents(
+    form: str, imported: Callable[[str], Model], tmp_path: Path
+) -> None:
+    model = imported("sit_class")
+    words = ["--num", "3", "--steps", "2", "--out", str(tmp_path / "s"), "--format", form]
+    assert main(["sample", str(model.path), *words]) == 0
+    latents = read_tensor_file(tmp_path / "s" / "latents.safetensors")["latents"]
+    assert latents.shape == (3, *model.shape)
+    assert torch.equal(latents, sample_run(model, SampleConfig(num=3, steps=2)).images)
 
 
 MIXES = [

@@ -89,7 +89,7 @@ class Samples:
     """Sampled images and where they come from.
 
     Attributes:
-        images: uint8, (N, C, H, W).
+        images: uint8, (N, C, H, W); of a network of latents, float32.
         snippets: The snippets behind the images, or None.
         labels: Class behind each image, (N,), or None.
     """
@@ -122,7 +122,8 @@ def sample_run(model: Model, cfg: SampleConfig, *, progress: Progress = silent) 
     solver, times = make_solver(cfg, model.denoiser.schedule)
     sigma = float(model.denoiser.schedule.sigma(times[0]))
     predictor = _guided(model, cfg)
-    images = torch.empty((cfg.num, *model.shape), dtype=torch.uint8)
+    latent = model.shape[0] not in (1, 3)
+    images = torch.empty((cfg.num, *model.shape), dtype=torch.float32 if latent else torch.uint8)
     for start in range(0, cfg.num, cfg.batch_size):
         rows = slice(start, min(start + cfg.batch_size, cfg.num))
         condition: dict[str, Any] = {}
@@ -132,7 +133,7 @@ def sample_run(model: Model, cfg: SampleConfig, *, progress: Progress = silent) 
             condition["label"] = labels[rows]
         x_T = sigma * _start_noise(cfg, rows, model.shape)
         x = sample(predictor, solver, x_T, times, seeds=_seeds(cfg, rows), **condition)
-        images[rows] = to_uint8(x)
+        images[rows] = x if latent else to_uint8(x)
         progress(rows.stop, cfg.num)
     return Samples(images, snippets, labels)
 
@@ -142,12 +143,16 @@ def save_samples(
 ) -> None:
     """Writes samples as numbered PNGs, or as one npz in ADM's layout (arr_0, uint8, N x H x W x 3).
 
+    Latents, which only their autoencoder can make images of, go to latents.safetensors.
+
     Raises:
         InputError: If `out` exists.
     """
     with artifact.write_folder(out, KIND, meta) as folder:
         pictures = samples.images.permute(0, 2, 3, 1).numpy()
-        if form == "npz":
+        if samples.images.is_floating_point():
+            artifact.write_tensor_file(folder / "latents.safetensors", {"latents": samples.images})
+        elif form == "npz":
             np.savez(folder / "samples.npz", arr_0=np.repeat(pictures, 3 // pictures.shape[-1], -1))
         else:
             for number, picture in enumerate(pictures):
