@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -367,7 +368,8 @@ def test_memory_does_not_grow_with_the_bank(tmp_path: Path) -> None:
     """60,000 rows of 768 float16 numbers, 92 MB; of float32 vectors it would be 184."""
     script = Path(__file__).parents[1] / "benchmarks" / "bank_memory.py"
     line = [sys.executable, str(script), "--rows", "60000", "--folder", str(tmp_path)]
-    out = subprocess.run(line, check=True, capture_output=True, text=True).stdout
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # each thread has work space of its own
+    out = subprocess.run(line, check=True, capture_output=True, text=True, env=env).stdout
     steps = [json.loads(text) for text in out.splitlines() if "step" in text]
     grown = {step["step"]: step["anonymous MB"] for step in steps}
     assert set(grown) >= {"build", "use", "int8", "low_rank", "compare", "search", "edits"}
