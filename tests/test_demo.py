@@ -103,6 +103,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for k in range(84):
         noise = torch.randint(0, 256, (16, 16, 3), generator=generator).to(torch.uint8)
         Image.fromarray(noise.numpy()).save(folder / f"{k}.png")
+    (folder / "broken.png").write_bytes(b"no picture")
     return folder
 
 
@@ -125,6 +126,7 @@ def test_a_folder_of_ones_own_stopped_and_continued(photos: Path, tmp_path: Path
     page = Reader((out / "report.html").read_text())
     assert "70 real images of 32 x 32" in page.text
     assert "dynamic programme" in page.text
+    assert "files that could not be used: 1, such as broken.png" in page.text
 
 
 # --- the arithmetic of the report --------------------------------------------------------------

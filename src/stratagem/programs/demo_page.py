@@ -55,9 +55,13 @@ def demo_page(result: DemoResult, sentence: str) -> str:
 
 def _setting(result: DemoResult) -> Section:
     data, train, model = DataSet.open(result.data), result.base.train, result.base.model
+    names = ", ".join(name for name, _ in data.rejected[:3])
+    left_out = (
+        f"; files that could not be used: {len(data.rejected)}, such as {names}" if names else ""
+    )
     text = (
         f"{len(data.train_indices):,} real images of {data.shape[1]} x {data.shape[2]} pixels "
-        f"({data.source}); {len(data.held_out_indices):,} more were held out of training, to "
+        f"({data.source}{left_out}); {len(data.held_out_indices):,} more were held out, to "
         "measure memorisation with. Every network is a small transformer of width "
         f"{model.width} that sees the same {train.steps * train.batch_size:,} images in the same "
         "order, with the same noise and times, from the same seed (flow path, v-prediction, "

@@ -3,7 +3,8 @@
     x_T ~ N(0, I)  ->  solver over `steps` intervals  ->  uint8 images
 
 Image j is a function of the run, the settings and (seed, j): neither the batch size nor how many
-are made changes it. For a run with memory the artifact says which snippet made which image.
+are made changes it, but for the rounding of sums. For a run with memory the artifact says which
+snippet made which image.
 """
 
 from __future__ import annotations
