@@ -173,6 +173,21 @@ def test_every_schedule_trains_and_samples(
     assert "choose heun" in err
 
 
+def test_a_run_that_cannot_be_measured_is_not_sampled_first(
+    inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in ("--reference data --num 20", "--reference colour --num 60"):
+        if not (inside / "colour").exists():
+            (inside / "pictures").mkdir()
+            for k in range(40):
+                noise = np.random.default_rng(k).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(inside / "pictures" / f"{k}.png")
+            assert run("prepare pictures --out colour --size 8", capsys)[0] == 0
+        code, _, err = run(f"evaluate runs/both {words} --features pixels", capsys)
+        assert code == 2
+        assert len(err.strip().splitlines()) == 1, err  # no progress of a sampling
+
+
 def test_information_as_json(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run("bank info bank.safetensors --json", capsys)
     assert code == 0

@@ -65,6 +65,7 @@ WRONG = {
     "train.threads is -1: it must not be negative": {"train": {"threads": -1}},
     "model.width 10 is not a multiple": {"model": {"width": 10, "heads": 3}},
     "condition_dropout has no effect": {"train": {"condition_dropout": 0.1}},
+    "align.block is 5: it can be at most 4": {"model": {"depth": 4}, "align": {"block": 5}},
     "align_weight has no effect": {"train": {"align_weight": 1}},
     "edm needs edm": {"diffusion": {"schedule": "edm"}},
     "no effect on density uniform": {"diffusion": {"density": "uniform", "density_mean": 1}},

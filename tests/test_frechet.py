@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from stratagem.errors import InputError
-from stratagem.metrics.frechet import Statistics, frechet_distance, merge, moments, statistics
+from stratagem.metrics.frechet import (
+    Statistics,
+    frechet_distance,
+    merge,
+    moments,
+    refuse_few,
+    statistics,
+)
 from stratagem.randomness import normal, permutation
 from tolerances import FLOAT64
 
@@ -102,3 +109,9 @@ def test_too_few_images_are_refused_unless_asked(features: torch.Tensor) -> None
 def test_different_features_are_refused(features: torch.Tensor) -> None:
     with pytest.raises(InputError, match="12 and 11 dimensions"):
         frechet_distance(moments(features), moments(features[:, 1:]))
+
+
+def test_one_vector_more_than_dimensions_is_enough() -> None:
+    refuse_few(5, 4)
+    with pytest.raises(InputError, match="use at least 5"):
+        refuse_few(4, 4)

@@ -282,9 +282,5 @@ def _bank_of(run: RunConfig, made: dict[str, Any], path: Path | None) -> MemoryB
             f"{path} was made by encoder {bank.encoder.get('name')}, the run was trained with "
             f"{made['encoder'].get('name')}: build the bank with that encoder"
         )
-    if bank.dim != made["memory_dim"]:
-        raise InputError(
-            f"{path} has snippets of {bank.dim} numbers, the network takes {made['memory_dim']}: "
-            "build the bank with the encoder it was trained with"
-        )
+    bank.check_dim(made["memory_dim"])
     return bank

@@ -317,6 +317,9 @@ def _check(config: RunConfig) -> None:
         )
     if stages is not None:
         _check_stages(stages, model.depth)
+    most = model.depth if stages is None else stages.shared
+    if config.align is not None and config.align.block > most:
+        raise InputError(f"align.block is {config.align.block}: it can be at most {most} here")
     if config.train.condition_dropout and config.memory is None and not model.labels:
         raise InputError("train.condition_dropout has no effect without memory and model.labels")
     if config.align is None and config.train.align_weight != TrainConfig.align_weight:

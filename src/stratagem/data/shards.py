@@ -126,9 +126,9 @@ class DataSet:
             out[here] = self._shards[shard][indices[here] - self._starts[shard]]
         return out
 
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """Yields all images in order, shape (size, C, H, W) each but the last, uint8."""
-        for start in range(0, self.num, size):
+    def batches(self, size: int, first: int = 0) -> Iterator[Tensor]:
+        """Yields the images from `first` on, in order, (size, C, H, W) each but the last, uint8."""
+        for start in range(first, self.num, size):
             yield self.images(torch.arange(start, min(start + size, self.num)))
 
     @functools.cached_property  # asked for at every training step

@@ -129,6 +129,18 @@ class MemoryBank:
         }
         return artifact.Manifest(KIND, self.meta(), files).fingerprint
 
+    def check_dim(self, dim: int) -> None:
+        """Refuses a network that takes vectors of another length.
+
+        Raises:
+            InputError: If the lengths differ.
+        """
+        if self.dim != dim:
+            raise InputError(
+                f"the bank has snippets of {self.dim} numbers, the network takes {dim}: build it "
+                "with the encoder that the network was trained with"
+            )
+
     def lookup(self, index: Tensor, flip: Tensor | None = None) -> Tensor:
         """Returns fresh copies of snippets, shape (B, D), float32, unit norm.
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from stratagem.errors import InputError
 
-__all__ = ["Statistics", "frechet_distance", "merge", "moments", "statistics"]
+__all__ = ["Statistics", "frechet_distance", "merge", "moments", "refuse_few", "statistics"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,19 @@ def statistics(batches: Iterable[Tensor]) -> Statistics:
     return total
 
 
+def refuse_few(num: int, dim: int) -> None:
+    """Refuses too few vectors for a distance of `dim` dimensions, see `frechet_distance`.
+
+    Raises:
+        InputError: If there are `dim` vectors or fewer.
+    """
+    if num <= dim:
+        raise InputError(
+            f"{num} images are too few for a Frechet distance of {dim} dimensions: "
+            f"use at least {dim + 1}, or features of fewer dimensions"
+        )
+
+
 def frechet_distance(a: Statistics, b: Statistics, *, allow_few: bool = False) -> float:
     """Returns the Frechet distance of two sets, at least 0.
 
@@ -123,12 +136,8 @@ def frechet_distance(a: Statistics, b: Statistics, *, allow_few: bool = False) -
     """
     if a.dim != b.dim:
         raise InputError(f"cannot compare features of {a.dim} and {b.dim} dimensions: use one net")
-    few = min(a.num, b.num)
-    if few <= a.dim and not allow_few:
-        raise InputError(
-            f"{few} images are too few for a Frechet distance of {a.dim} dimensions: "
-            f"use at least {a.dim + 1}, or features of fewer dimensions"
-        )
+    if not allow_few:
+        refuse_few(min(a.num, b.num), a.dim)
     overlap = torch.linalg.svdvals(_factor(a.cov) @ _factor(b.cov).T).sum()
     distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * overlap
     return max(float(distance), 0.0)

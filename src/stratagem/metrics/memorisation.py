@@ -31,7 +31,7 @@ from stratagem.errors import InputError
 __all__ = ["Memorisation", "audit", "nearest"]
 
 # An exact test at this level accuses one honest sampler in a thousand.
-_LEVEL = 1e-3
+LEVEL = 1e-3
 
 
 def nearest(
@@ -160,7 +160,7 @@ class Memorisation:
     @property
     def copies(self) -> bool:
         """Whether the sampler copies: p_value below 0.001."""
-        return self.p_value < _LEVEL
+        return self.p_value < LEVEL
 
     def nearest_pairs(self, num: int) -> Tensor:
         """Returns the samples nearest to a training image, nearest first, int64 (num,)."""

@@ -155,6 +155,7 @@ class Condition(nn.Module):
         time_scale: Factor on the time.
         memory_scale: Factor s on the memory vector.
         null_memory: Whether a zero memory vector has an embedding of its own.
+        time: What embeds the time; None for `TimeEmbedding` with `time_scale`.
     """
 
     def __init__(
@@ -165,10 +166,11 @@ class Condition(nn.Module):
         time_scale: float = 1.0,
         memory_scale: float = 1.0,
         null_memory: bool = False,
+        time: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.memory_scale = memory_scale
-        self.time = TimeEmbedding(width, time_scale)
+        self.time = TimeEmbedding(width, time_scale) if time is None else time
         self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
         self.memory = nn.Linear(memory_dim, width) if memory_dim else None
         self.null = nn.Parameter(torch.zeros(width)) if null_memory else None

@@ -132,16 +132,16 @@ class UNetCondition(nn.Module):
         early = like.label_at == "features" and num_classes > 0
         self.features = TimeFeatures(like.time, features, time_scale)
         self.label = nn.Embedding(num_classes + 1, features) if early else None
+        # maps our features where a transformer would embed the time itself
+        perceptron = (nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
         self.join = Condition(
             width,
             num_classes=0 if early else num_classes,
             memory_dim=memory_dim,
             memory_scale=memory_scale,
             null_memory=null_memory,
+            time=nn.Sequential(*perceptron),
         )
-        # `join` maps our features where it would have embedded the time itself.
-        perceptron = (nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
-        self.join.add_module("time", nn.Sequential(*perceptron))
 
     def forward(
         self,

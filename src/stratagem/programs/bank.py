@@ -8,7 +8,7 @@ which encoder made it and of what shape, and another version of that encoder is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -126,12 +126,9 @@ def build_bank(
         Ids.of(images.names),
         shape=images.shape,
     )
-
-    def batches(start: int) -> Iterator[Tensor]:
-        for first in range(start, images.num, batch_size):
-            yield images.images(torch.arange(first, min(first + batch_size, images.num)))
-
-    return build(out, frame, batches, encode, progress=progress)
+    return build(
+        out, frame, lambda done: images.batches(batch_size, done), encode, progress=progress
+    )
 
 
 def import_bank(

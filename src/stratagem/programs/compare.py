@@ -20,6 +20,7 @@ from torch import Tensor
 
 from stratagem.assemble import open_run
 from stratagem.errors import InputError
+from stratagem.metrics.memorisation import LEVEL
 from stratagem.programs.cost import Cost, cost_of
 from stratagem.programs.evaluate import Evaluation, load_all, load_preview
 from stratagem.programs.sample import SampleConfig
@@ -137,7 +138,7 @@ def images_to_reach(run: RunResult, metric: str, target: float) -> float | None:
 
 def copies(found: Evaluation) -> bool:
     """Says whether the samples hold more copies of training images than chance allows."""
-    return found.memorisation is not None and found.memorisation["p_value"] < 1e-3
+    return found.memorisation is not None and found.memorisation["p_value"] < LEVEL
 
 
 def speed_sentence(results: Sequence[RunResult]) -> str:

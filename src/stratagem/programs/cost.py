@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stratagem.assemble import Model
 from stratagem.denoiser import Prediction
@@ -17,6 +17,7 @@ from stratagem.nets.cost import macs, mean_macs, parameters
 from stratagem.programs.sample import SampleConfig, make_solver
 from stratagem.sampler import sample
 from stratagem.schedule import NoiseSchedule
+from stratagem.stages import Stages
 
 __all__ = ["Cost", "call_times", "cost_of"]
 
@@ -42,21 +43,16 @@ def cost_of(model: Model, cfg: SampleConfig) -> Cost:
     """Counts what sampling one image costs."""
     denoiser = model.denoiser
     times = torch.tensor(call_times(cfg, denoiser.schedule))
-    stages = denoiser.stages
-    num = 1 if stages is None else stages.num
-    index = (
-        torch.zeros(len(times))
-        if stages is None
-        else stages.index(denoiser.schedule.log_snr(times))
-    )
-    calls = [int((index == k).sum()) for k in range(num)]
+    stages = denoiser.stages or Stages(())
+    index = stages.index(denoiser.schedule.log_snr(times))
+    calls = [int((index == k).sum()) for k in range(stages.num)]
     x_t, t = torch.zeros(1, *model.shape), torch.zeros(1)
     condition: dict[str, Tensor] = {}
     if model.bank is not None:
         condition["memory"] = torch.zeros(1, model.bank.dim)
     if model.num_classes:
         condition["label"] = torch.zeros(1, dtype=torch.int64)
-    per_stage = [macs(denoiser.backbone, x_t, t, stage=k, **condition) for k in range(num)]
+    per_stage = [macs(denoiser.backbone, x_t, t, stage=k, **condition) for k in range(stages.num)]
     return Cost(
         parameters(denoiser.backbone), tuple(calls), tuple(per_stage), mean_macs(per_stage, calls)
     )
@@ -70,14 +66,13 @@ def call_times(cfg: SampleConfig, schedule: NoiseSchedule) -> list[float]:
     return noted.times
 
 
-class _Noted(nn.Module):
+class _Noted:
     """Stands for a denoiser and notes the times it is asked for."""
 
     def __init__(self, schedule: NoiseSchedule) -> None:
-        super().__init__()
         self.schedule = schedule
         self.times: list[float] = []
 
-    def forward(self, x_t: Tensor, t: Tensor) -> Prediction:
+    def __call__(self, x_t: Tensor, t: Tensor, **_: Tensor) -> Prediction:
         self.times.append(float(t))
         return Prediction(torch.zeros_like(x_t), x_t)

@@ -131,14 +131,8 @@ def demo(out: Path, cfg: DemoConfig, *, task: Task) -> tuple[Path, str]:
 
 def _open(out: Path, cfg: DemoConfig, task: Task) -> _Workshop:
     """Prepares the data once, and measures once how many threads are fastest."""
-    wanted = dataclasses.asdict(cfg)
-    record = out / "demo.json"
-    if record.is_file():
-        made = read_record(record, "demo").meta
-        if made["config"] != wanted:
-            raise InputError(f"{out} holds a demonstration of other settings: choose another --out")
-        shop = _Workshop(out, cfg, made["threads"], task)
-    else:
+    record, settings = out / "demo.json", dataclasses.asdict(cfg)
+    if not record.is_file():
         if not (out / "data").exists():
             with task("prepare", "images") as progress:
                 holdout, flip = 1 / 6, cfg.data != "digits"
@@ -147,10 +141,12 @@ def _open(out: Path, cfg: DemoConfig, task: Task) -> _Workshop:
                     progress=progress,
                 )  # fmt: skip
         threads = _measure_threads(_base(_Workshop(out, cfg, 1, task)))
-        write_record(record, "demo", {"config": wanted, "threads": threads})
-        shop = _Workshop(out, cfg, threads, task)
-    torch.set_num_threads(shop.threads)
-    return shop
+        write_record(record, "demo", {"config": settings, "threads": threads})
+    made = read_record(record, "demo").meta
+    if made["config"] != settings:
+        raise InputError(f"{out} holds a demonstration of other settings: choose another --out")
+    torch.set_num_threads(made["threads"])
+    return _Workshop(out, cfg, made["threads"], task)
 
 
 def _measure_threads(base: RunConfig) -> int:

@@ -33,7 +33,7 @@ from stratagem.metrics.features import (
     metric_name,
     statistics_of,
 )
-from stratagem.metrics.frechet import Statistics, frechet_distance
+from stratagem.metrics.frechet import Statistics, frechet_distance, refuse_few
 from stratagem.metrics.inception import load_inception
 from stratagem.metrics.memorisation import Memorisation, audit, nearest
 from stratagem.programs import Progress, silent
@@ -100,6 +100,20 @@ class Reference:
         vectors = torch.cat([encoder(images) for images in self.train.split(256)])
         return EncoderFeatures(encoder, Components.fit(vectors, min(64, len(vectors) - 1)))
 
+    def require(self, shape: Sequence[int], num: int, *, allow_few: bool) -> None:
+        """Refuses samples that cannot be measured.
+
+        Raises:
+            InputError: If they have another shape (C, H, W), or are too few for the features.
+        """
+        if tuple(shape) != self.train.shape[1:]:
+            raise InputError(
+                f"samples of shape {tuple(shape)} cannot be compared with data of shape "
+                f"{tuple(self.train.shape[1:])}: prepare the data at the samples' size"
+            )
+        for net in () if allow_few else self.nets:
+            refuse_few(num, net.dim)
+
     def distances(self, images: Tensor, *, allow_few: bool = False) -> dict[str, float]:
         """Returns the Frechet distance to the training images, for each feature net by its name."""
         return {
@@ -154,6 +168,7 @@ def evaluate_run(
     Raises:
         InputError: If sizes do not fit, or there are too few images for the features.
     """
+    reference.require(model.shape, cfg.num, allow_few=allow_few)  # before the work, not after it
     images = sample_run(model, cfg, progress=progress).images
     second = None
     if held_out_snippets and model.bank is not None and bool(model.bank.held_out.any()):
@@ -183,11 +198,7 @@ def evaluate_images(
     Raises:
         InputError: If sizes do not fit, or there are too few images for the features.
     """
-    if images.shape[1:] != reference.train.shape[1:]:
-        raise InputError(
-            f"samples of shape {tuple(images.shape[1:])} cannot be compared with data of shape "
-            f"{tuple(reference.train.shape[1:])}: prepare the data at the samples' size"
-        )
+    reference.require(images.shape[1:], len(images), allow_few=allow_few)
     memorisation = None
     if len(reference.held_out):
         memorisation = _figures(audit(images, reference.train, reference.held_out))
@@ -240,15 +251,8 @@ def _save(path: Path, result: Evaluation, images: Tensor, reference: Reference) 
 
 
 def _figures(found: Memorisation) -> dict[str, float]:
-    return {
-        "median": found.median,
-        "held_out_median": found.held_out_median,
-        "ratio": found.ratio,
-        "copy_rate": found.copy_rate,
-        "copy_rate_min": found.copy_rate_min,
-        "p_value": found.p_value,
-        "authentic": found.authentic,
-    }
+    names = ("median", "held_out_median", "ratio", "copy_rate", "copy_rate_min", "p_value")
+    return {name: getattr(found, name) for name in (*names, "authentic")}
 
 
 def _statistics(images: Tensor, net: FeatureNet) -> Statistics:

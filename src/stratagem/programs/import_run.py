@@ -96,14 +96,11 @@ def _has_head(weights: dict[str, Tensor], prefix: str | None) -> bool:
 
 
 def _check_bank(official: Official, bank: MemoryBank | None) -> None:
-    dim = official.cfg.memory_dim
-    if bank is not None and not dim:
+    if bank is None:
+        return
+    if not official.cfg.memory_dim:
         raise InputError("--bank has no effect: this network has no memory")
-    if bank is not None and bank.dim != dim:
-        raise InputError(
-            f"the bank has snippets of {bank.dim} numbers, the network takes {dim}: build it with "
-            "the encoder that the network was trained with"
-        )
+    bank.check_dim(official.cfg.memory_dim)
 
 
 def _config(official: Official, bank: Path) -> RunConfig:
