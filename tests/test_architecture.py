@@ -107,7 +107,7 @@ def lines_of_code(tree: ast.AST) -> int:
 
 
 def test_library_stays_within_its_budget() -> None:
-    assert 2000 < sum(lines_of_code(tree) for tree in TREES.values()) <= 8000
+    assert 2000 < sum(lines_of_code(tree) for tree in TREES.values()) <= 12000
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if not n.endswith("__main__.py")])
