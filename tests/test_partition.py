@@ -13,6 +13,7 @@ from torch import Tensor
 from stratagem import randomness
 from stratagem.clustering.partition import (
     affinity_cost,
+    recursive_thresholds,
     split,
     spread_cost,
     thresholds,
@@ -76,6 +77,44 @@ def test_split_refuses_what_cannot_be(num_stages: int, fewest: int) -> None:
         split(draw(6, 6), num_stages, min_cells=fewest)
 
 
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
+@pytest.mark.parametrize("min_mass", [0.0, 0.1, 0.2, 0.25])
+def test_split_by_mass_is_the_exhaustive_optimum(num_stages: int, min_mass: float) -> None:
+    cost, mass = draw(12, 12), draw(11).square()
+    mass = mass / mass.sum()
+    allowed = [
+        cuts
+        for cuts in combinations(range(1, 11), num_stages - 1)
+        if all(mass[i:j].sum() >= min_mass for i, j in pairwise([0, *cuts, 11]))
+    ]
+    if not allowed:
+        with pytest.raises(InputError, match=f"each get {min_mass:g} of the training draws"):
+            split(cost, num_stages, mass=mass, min_mass=min_mass)
+        return
+    best = min(allowed, key=lambda cuts: total_cost(cost, cuts))
+    assert split(cost, num_stages, mass=mass, min_mass=min_mass) == list(best)
+
+
+def test_mass_keeps_single_cells_from_winning() -> None:
+    """Under the released code's objective a cell that agrees with itself is a perfect stage."""
+    similarity = (-(torch.arange(30.0)[:, None] - torch.arange(30.0)).abs() / 5).exp()
+    cost, even = (
+        within_cost(similarity, by_size=False),
+        torch.full((30,), 1 / 30, dtype=torch.float64),
+    )
+    assert 1 in (j - i for i, j in pairwise([0, *split(cost, 3), 30]))
+    cuts = split(cost, 3, mass=even, min_mass=0.2)
+    assert min(j - i for i, j in pairwise([0, *cuts, 30])) >= 6
+    # K equal shares of 1 / K exist, whatever their rounding.
+    assert split(cost, 3, mass=even, min_mass=1 / 3) == [10, 20]
+
+
+def test_mass_that_cannot_be_shared_out_is_refused() -> None:
+    heavy = torch.tensor([0.9, 0.025, 0.025, 0.025, 0.025])
+    with pytest.raises(InputError, match=r"2 stages that each get 0.2 of the training draws"):
+        split(draw(6, 6), 2, mass=heavy, min_mass=0.2)
+
+
 @pytest.mark.parametrize("by_size", [True, False])
 def test_within_cost_is_the_mean_of_the_block(by_size: bool) -> None:
     similarity = draw(7, 7)
@@ -127,6 +166,66 @@ def test_thresholds_say_why_they_fail() -> None:
         thresholds(times, falling, falling, 0.8)
     with pytest.raises(InputError, match=r"overlap.*raise alpha"):
         thresholds(times, falling, falling.flip(0), 0.6)
+
+
+def agreement(num: int = 60) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Times and agreement that falls with the distance in time: S(a, b), S0 and S1."""
+    times = (torch.arange(num, dtype=torch.float64) + 0.5) / num
+    level = 8 * times + 3 * times.square()  # falls faster next to the noise
+    matrix = 0.2 + 0.8 * (-(level[:, None] - level).abs()).exp()
+    return times, matrix[0].clamp(min=0.3) ** 0.5, matrix[-1] ** 0.5, matrix
+
+
+def test_recursion_begins_with_the_paper() -> None:
+    times, to_clean, to_noise, matrix = agreement()
+    cuts, bars = recursive_thresholds(times, to_clean, to_noise, matrix, 0.85, 3)
+    assert cuts == thresholds(times, to_clean, to_noise, 0.85)
+    assert bars == (0.85,)
+    assert recursive_thresholds(times, to_clean, to_noise, matrix, 0.85, 1) == ((), ())
+
+
+@pytest.mark.parametrize("num_stages", [5, 7])
+def test_recursion_cuts_the_middle_by_its_own_ends(num_stages: int) -> None:
+    times, to_clean, to_noise, matrix = agreement()
+    cuts, bars = recursive_thresholds(times, to_clean, to_noise, matrix, 0.85, num_stages)
+    assert len(cuts) == num_stages - 1
+    assert list(cuts) == sorted(set(cuts))
+    at = {float(t): k for k, t in enumerate(times)}
+    for level in range(1, num_stages // 2):
+        low, high = at[cuts[level - 1]], at[cuts[-level]]
+        near, far = matrix[low, low : high + 1], matrix[high, low : high + 1]
+        bar = (1 + max(near.mean(), far.mean())) / 2
+        assert bars[level] == pytest.approx(float(bar))
+        t1, t2 = thresholds(times[low : high + 1], near, far, float(bar))
+        assert (cuts[level], cuts[-1 - level]) == (t1, t2)
+
+
+def test_even_numbers_cut_the_innermost_where_its_ends_change_places() -> None:
+    times, to_clean, to_noise, matrix = agreement()
+    cuts, bars = recursive_thresholds(times, to_clean, to_noise, matrix, 0.85, 2)
+    assert bars == ()
+    before = times < cuts[0]
+    assert (to_noise <= to_clean)[before].all()
+    assert to_noise[~before][0] > to_clean[~before][0]
+    outer, _ = recursive_thresholds(times, to_clean, to_noise, matrix, 0.85, 3)
+    (t1, middle, t2), _ = recursive_thresholds(times, to_clean, to_noise, matrix, 0.85, 4)
+    assert (t1, t2) == outer
+    levels = [8 * t + 3 * t * t for t in (t1, middle, t2)]
+    assert abs(levels[1] - (levels[0] + levels[2]) / 2) <= 14 / 60  # a step, at most 14 wide
+
+
+def test_recursion_says_why_it_ends() -> None:
+    times, to_clean, to_noise, matrix = agreement()
+    with pytest.raises(InputError, match=r"the middle, t = .* cannot be cut .*fewer stages or"):
+        recursive_thresholds(times, to_clean, to_noise, matrix, 0.85, 21)
+    with pytest.raises(InputError, match=r"middle.*a stage would hold no time.*method 'dp'"):
+        recursive_thresholds(times, to_clean, to_noise, torch.eye(60), 0.85, 5)
+    with pytest.raises(InputError, match=r"^agreement with the clean end never falls"):
+        recursive_thresholds(times, to_clean, to_noise, matrix, 0.1, 5)
+    with pytest.raises(InputError, match=r"^no time agrees more with the noise end"):
+        recursive_thresholds(times, torch.ones(60), torch.ones(60), matrix, 0.9, 2)
+    with pytest.raises(InputError, match=r"^every time agrees more with the noise end"):
+        recursive_thresholds(times, torch.zeros(60), torch.ones(60), matrix, 0.9, 2)
 
 
 @pytest.mark.parametrize("num_stages", [2, 3, 4])

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from stratagem.errors import InputError
-from stratagem.schedule import EDM, VP, Cosine, Linear, NoiseSchedule, expand
+from stratagem.schedule import EDM, VP, Cosine, Linear, NoiseSchedule, SqrtLinear, expand
 from tolerances import FLOAT32, FLOAT64, assert_near
 
-SCHEDULES = [Linear(), Cosine(), VP(), VP(0.2, 0.2), EDM()]
-VARIANCE_PRESERVING = [Cosine(), VP(), VP(0.2, 0.2)]
+SCHEDULES = [Linear(), Cosine(), VP(), VP(0.2, 0.2), EDM(), SqrtLinear()]
+VARIANCE_PRESERVING = [Cosine(), VP(), VP(0.2, 0.2), SqrtLinear()]
 GOLDEN = Path(__file__).parent / "golden"
 OFFICIAL = {"Linear": Linear(), "GVP": Cosine(), "VP": VP()}
 

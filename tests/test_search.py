@@ -1,4 +1,4 @@
-"""The search for stages on real images, from data set to saved record."""
+"""The search for stages on real images: from agreement or affinity to stages and their record."""
 
 from __future__ import annotations
 
@@ -11,9 +11,25 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from stratagem.clustering.partition import split, thresholds, total_cost, within_cost
-from stratagem.clustering.search import Method, StageSearch, find_stages, share_of_draws
-from stratagem.density import LogitNormal, Uniform
+from stratagem.clustering.optimal_denoiser import OptimalDenoiser
+from stratagem.clustering.partition import (
+    affinity_cost,
+    recursive_thresholds,
+    split,
+    thresholds,
+    total_cost,
+    within_cost,
+)
+from stratagem.clustering.search import (
+    Axis,
+    Method,
+    StageSearch,
+    check_search,
+    find_stages,
+    share_of_draws,
+)
+from stratagem.clustering.similarity import Similarity, similarity
+from stratagem.density import LogitNormal, LogNormalSigma, TimeDensity, Uniform
 from stratagem.errors import InputError
 from stratagem.schedule import EDM, VP, Cosine, Linear, NoiseSchedule
 from stratagem.stages import Stages
@@ -24,18 +40,35 @@ def digits() -> Tensor:
     return torch.from_numpy(load_digits().images).float()[:, None] / 8 - 1
 
 
+def axis_of(
+    schedule: NoiseSchedule, num_times: int = 100, density: TimeDensity | None = None
+) -> Axis:
+    return Axis(schedule, density or Uniform(), num_times)
+
+
+def agreement(images: Tensor, axis: Axis, num_samples: int = 32, seed: int = 0) -> Similarity:
+    denoiser = OptimalDenoiser(images, axis.schedule)
+    return similarity(denoiser, axis.times, num_samples=num_samples, eta=2 / 255, seed=seed)
+
+
 @pytest.fixture(scope="module")
-def found(digits: Tensor) -> StageSearch:
-    return find_stages(digits, Linear())
+def curves(digits: Tensor) -> Similarity:
+    return agreement(digits, axis_of(Linear()), 256)
 
 
-def test_defaults_make_three_sensible_stages_of_digits(found: StageSearch) -> None:
+@pytest.fixture(scope="module")
+def found(curves: Similarity) -> StageSearch:
+    return find_stages(axis_of(Linear()), evidence=curves)
+
+
+def test_defaults_make_three_sensible_stages_of_digits(
+    found: StageSearch, curves: Similarity
+) -> None:
     assert found.stages.num == 3
     shares = share_of_draws(found.stages, Uniform(), Linear())
     assert min(shares) > 0.05
     assert sum(shares) == pytest.approx(1)
     # Each end stage does agree with its end, and would not if it were much longer.
-    curves = found.curves
     t1, t2 = found.stages.times(Linear())
     inside = curves.times <= t1 + 1e-9
     assert curves.to_clean[inside].mean() >= 0.9 > curves.to_clean[curves.times <= t1 + 0.02].mean()
@@ -47,14 +80,16 @@ def test_defaults_make_three_sensible_stages_of_digits(found: StageSearch) -> No
 def test_every_schedule_and_method_works_with_the_defaults(
     digits: Tensor, schedule: NoiseSchedule
 ) -> None:
+    axis = axis_of(schedule)
+    seen = agreement(digits[:300], axis)
     for method in get_args(Method):
-        stages = find_stages(digits[:300], schedule, method=method, num_samples=32).stages
+        evidence = {"gradient": seen.matrix, "snr": None, "uniform": None}.get(method, seen)
+        stages = find_stages(axis, 3, method, evidence).stages
         assert stages.num == 3
         assert min(share_of_draws(stages, Uniform(), schedule)) > 0.03
 
 
-def test_curves_of_digits_fall_and_rise(found: StageSearch) -> None:
-    curves = found.curves
+def test_curves_of_digits_fall_and_rise(curves: Similarity) -> None:
     assert curves.to_clean[0] == curves.to_noise[-1] == 1
     assert curves.to_clean[:60].diff().max() <= 0.02
     assert curves.to_noise.diff().min() >= -0.03
@@ -62,31 +97,69 @@ def test_curves_of_digits_fall_and_rise(found: StageSearch) -> None:
 
 
 def test_seeds_move_the_edges_little(digits: Tensor, found: StageSearch) -> None:
-    other = find_stages(digits, Linear(), seed=1).stages.times(Linear())
-    pairs = zip(found.stages.times(Linear()), other, strict=True)
+    axis = axis_of(Linear())
+    other = find_stages(axis, evidence=agreement(digits, axis, 256, seed=1)).stages
+    pairs = zip(found.stages.times(Linear()), other.times(Linear()), strict=True)
     assert max(abs(a - b) for a, b in pairs) <= 0.03
-    again = find_stages(digits, Linear())
-    assert again.stages == found.stages
-    assert again.record() == found.record()
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 4, 5, 6])
+def test_thresholds_make_any_number_of_stages_of_digits(
+    curves: Similarity, num_stages: int
+) -> None:
+    found = find_stages(axis_of(Linear()), num_stages, evidence=curves)
+    cuts, bars = recursive_thresholds(
+        curves.times, curves.to_clean, curves.to_noise, curves.matrix, 0.9, num_stages
+    )
+    assert found.stages.times(Linear()) == pytest.approx(cuts)
+    assert found.parameters["alphas"] == list(bars)
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 4, 6])
-def test_dp_makes_any_number_of_stages(digits: Tensor, num_stages: int) -> None:
-    found = find_stages(digits[:300], Linear(), num_stages, "dp", num_samples=32, num_times=40)
-    times = found.stages.times(Linear())
-    assert len(times) == num_stages - 1
-    cost = within_cost(found.curves.matrix)
-    ours = total_cost(cost, [round(40 * t) for t in times])
-    assert ours == pytest.approx(total_cost(cost, split(cost, num_stages)))
+@pytest.mark.parametrize("density", [Uniform(), LogitNormal(1.0, 0.6)])
+def test_dp_makes_any_number_of_stages(
+    digits: Tensor, num_stages: int, density: TimeDensity
+) -> None:
+    axis = axis_of(Linear(), 40, density)
+    seen = agreement(digits[:300], axis)
+    stages = find_stages(axis, num_stages, "dp", seen, min_mass=0.1).stages
+    shares = share_of_draws(stages, density, Linear())
+    assert len(shares) == num_stages
+    assert min(shares) >= 0.1 - 1e-9
+    cost = within_cost(seen.matrix)
+    ours = total_cost(cost, [round(40 * t) for t in stages.times(Linear())])
+    free = total_cost(cost, split(cost, num_stages))
+    bound = split(cost, num_stages, mass=axis.cell_mass, min_mass=0.1)
+    assert ours == pytest.approx(total_cost(cost, bound))
+    assert ours >= free - 1e-12
 
 
-def test_baselines_do_not_need_the_data(digits: Tensor) -> None:
-    uniform = find_stages(digits, VP(), 4, "uniform")
+def test_cell_mass_is_that_of_the_density() -> None:
+    axis = axis_of(Linear(), 10, LogitNormal())
+    assert float(axis.cell_mass.sum()) == pytest.approx(1)
+    assert float(axis.cell_mass[3]) == pytest.approx(LogitNormal().mass((0.3, 0.4)))
+    assert axis.times.tolist() == pytest.approx([0.05 + 0.1 * k for k in range(10)])
+
+
+def test_gradient_is_interval_clustering_of_the_affinity() -> None:
+    affinity = torch.block_diag(torch.ones(8, 8), torch.ones(12, 12), torch.ones(10, 10))
+    stages = find_stages(axis_of(Linear(), 30), 3, "gradient", affinity).stages
+    cost = affinity_cost(affinity)
+    times = stages.times(Linear())
+    assert times == pytest.approx([c / 30 for c in split(cost, 3, min_cells=5, max_cells=15)])
+    assert total_cost(cost, [round(30 * t) for t in times]) == -30
+    # All partitions are alike here; without limits single cells come first.
+    stages = find_stages(axis_of(Linear(), 30), 3, "gradient", torch.eye(30)).stages
+    assert stages.times(Linear())[0] >= 5 / 30 - 1e-9
+
+
+def test_baselines_do_not_need_the_data() -> None:
+    uniform = find_stages(axis_of(VP()), 4, "uniform")
     assert uniform.stages.times(VP()) == pytest.approx((0.25, 0.5, 0.75))
-    snr = find_stages(digits, VP(), 3, "snr", num_times=1000)
+    snr = find_stages(axis_of(VP(), 1000), 3, "snr")
     # The published SNR split, 0.348 and 0.709, on a grid of right ends, not of cells.
     assert snr.stages.times(VP()) == pytest.approx((0.347, 0.708), abs=0.002)
-    assert uniform.curves is snr.curves is None
+    assert uniform.evidence is snr.evidence is None
 
 
 def test_record_goes_through_a_file(found: StageSearch, tmp_path: Path) -> None:
@@ -95,16 +168,23 @@ def test_record_goes_through_a_file(found: StageSearch, tmp_path: Path) -> None:
     assert stages == found.stages
     assert record == json.loads(json.dumps(found.record()))
     assert record["method"] == "optimal-denoiser"
-    assert record["parameters"]["alpha"] == 0.9
-    curves = {name: torch.tensor(v, dtype=torch.float64) for name, v in record["curves"].items()}
+    assert record["parameters"]["alphas"] == [0.9]
+    curves = {
+        name: torch.tensor(v, dtype=torch.float64)
+        for name, v in record["curves"].items()
+        if isinstance(v, list)
+    }
     times = thresholds(curves["times"], curves["to_clean"], curves["to_noise"], 0.9)
     assert times == pytest.approx(stages.times(Linear()), abs=0.011)
     assert curves["matrix"].shape == (100, 100)
+    affinity = find_stages(axis_of(Linear(), 4), 2, "gradient", torch.eye(4) / 3).record()
+    assert affinity["affinity"][0] == [0.3333, 0, 0, 0]
 
 
-def test_parameters_hold_only_what_had_an_effect(digits: Tensor) -> None:
-    uniform = find_stages(digits, Linear(), method="uniform").parameters
-    assert set(uniform) == {"num_stages", "schedule"}
+def test_parameters_hold_only_what_had_an_effect() -> None:
+    uniform = find_stages(axis_of(Linear()), 3, "uniform").parameters
+    assert set(uniform) == {"num_stages", "schedule", "density"}
+    assert "alphas" not in find_stages(axis_of(Linear()), 3, "snr").parameters
 
 
 def test_share_of_draws_is_the_mass_of_each_stage() -> None:
@@ -120,19 +200,30 @@ def test_share_of_draws_is_the_mass_of_each_stage() -> None:
     [
         ({"method": "kmeans"}, "no method 'kmeans'"),
         ({"num_stages": 0, "method": "dp"}, "at least 1"),
-        ({"num_stages": 4}, "use method 'dp'"),
-        ({"eta": 0.0}, "eta = 0.0"),
+        ({"num_stages": 99}, "or use method 'dp'"),
         ({"alpha": 1.5}, "alpha = 1.5"),
-        ({"num_samples": 1}, "num_samples = 1"),
-        ({"num_times": 2, "method": "dp"}, "num_times = 2"),
-        ({"eta": 10.0}, "raise alpha or lower eta"),
+        ({"alpha": 0.1}, "raise alpha or lower eta"),
+        ({"method": "dp", "min_mass": 0.4}, "0.4 for each of 3 stages: give one from 0 to 0.333"),
+        ({"method": "dp", "min_mass": -0.1}, "from 0 to"),
+        ({"num_stages": 101, "method": "dp", "min_mass": 0}, "100 times for 101 stages"),
     ],
 )
-def test_bad_settings_are_refused(digits: Tensor, settings: dict, reason: str) -> None:
+def test_bad_settings_are_refused(curves: Similarity, settings: dict, reason: str) -> None:
     with pytest.raises(InputError, match=reason):
-        find_stages(digits[:50], Linear(), **{"num_samples": 2, **settings})
+        find_stages(axis_of(Linear()), **{"evidence": curves, **settings})
+
+
+def test_a_stage_that_training_never_draws_is_refused() -> None:
+    axis = axis_of(EDM(), 100, LogNormalSigma(EDM(), -1.2, 0.2))
+    with pytest.raises(InputError, match=r"stage 0 \(t = 0.000 to 0.333\) gets .* of the training"):
+        find_stages(axis, 3, "uniform")
+    with pytest.raises(InputError, match="2 times for 3 stages"):
+        check_search(Axis(EDM(), Uniform(), 2), 3, "snr")
+    with pytest.raises(InputError, match="0 times: ask for more"):
+        Axis(EDM(), Uniform(), 0)
 
 
 def test_one_image_has_no_stages(digits: Tensor) -> None:
+    axis = axis_of(Linear())
     with pytest.raises(InputError, match="clean end never falls under alpha"):
-        find_stages(digits[:1], Linear(), num_samples=2)
+        find_stages(axis, evidence=agreement(digits[:1], axis, 2))

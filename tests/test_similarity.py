@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from stratagem import randomness
 from stratagem.clustering import similarity as module
 from stratagem.clustering.optimal_denoiser import OptimalDenoiser
 from stratagem.clustering.similarity import Similarity, pairwise_agreement, similarity
+from stratagem.errors import InputError
 from stratagem.schedule import VP, Cosine, Linear
 from test_optimal_denoiser import cloud, golden_case
 from tolerances import FLOAT64, assert_near
@@ -26,24 +29,29 @@ def test_pairwise_agreement_is_the_share_of_close_entries(monkeypatch: pytest.Mo
             assert_near(matrix[a, b], close, FLOAT64)
 
 
+@pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("space", ["eps", "x"])
-def test_follows_the_definition(space: str) -> None:
+def test_follows_the_definition(space: str, told: bool) -> None:
     """Rebuilds every curve from posterior means at single points and the public draws."""
     data, schedule, eta, num = cloud(14, (2, 3), twins=0.2), Cosine(), 0.05, 20
-    denoiser = OptimalDenoiser(data, schedule)
+    memory = randomness.normal((14, 4), 0, "test") if told else None
+    denoiser = OptimalDenoiser(data, schedule, memory=memory)
     ours = similarity(denoiser, TIMES, num_samples=num, eta=eta, seed=5, space=space)
     order = randomness.permutation(14, 5, "similarity data")
     seen = []
     for k in range(num):
-        x, eps = data[order[k % 14]], randomness.normal((2, 3), 5, "similarity noise", k).double()
+        i = order[k % 14]
+        x, eps = data[i], randomness.normal((2, 3), 5, "similarity noise", k).double()
+        snippet = None if memory is None else memory[i].expand(8, 4)
+        prior = denoiser.prior_mean(snippet, 8)[0]
         x_t = schedule.alpha(TIMES)[:, None, None] * x + schedule.sigma(TIMES)[:, None, None] * eps
-        means = denoiser.posterior_mean(x_t, TIMES)
+        means = denoiser.posterior_mean(x_t, TIMES, snippet)
         if space == "x":
-            estimates, clean, noise = means, x, data.mean(0)
+            estimates, clean, noise = means, x, prior
         else:
             alpha, sigma = (f(TIMES)[:, None, None] for f in (schedule.alpha, schedule.sigma))
-            estimates = denoiser.optimal_eps(x_t, TIMES)
-            clean, noise = eps, (x_t - alpha * data.mean(0)) / sigma
+            estimates = denoiser.optimal_eps(x_t, TIMES, snippet)
+            clean, noise = eps, (x_t - alpha * prior) / sigma
         pairs = (estimates[:, None] - estimates[None]).abs() <= eta
         ends = [(estimates - end).abs() <= eta for end in (clean, noise)]
         seen.append([agree.double().flatten(-2).mean(-1) for agree in (*ends, pairs)])
@@ -85,6 +93,51 @@ def test_noise_estimates_do_not_depend_on_the_range_of_the_data() -> None:
     )
     assert_near(two.matrix, one.matrix, FLOAT64)
     assert_near(two.to_noise, one.to_noise, FLOAT64)
+
+
+def test_eta_of_images_is_a_share_of_their_range() -> None:
+    """The same pixels in [0, 1], [-1, 1] and as uint8: the same agreement, at twice the sigma."""
+    pixels = ((cloud(30, (3, 4)) * 60) + 128).clamp(0, 255).byte()
+    levels = torch.linspace(4, -4, 9, dtype=torch.float64)
+    shift = 2 * torch.tensor(2.0).double().log()
+    unit, signed, stored = (
+        similarity(
+            OptimalDenoiser(data, Linear()),
+            Linear().time_of(levels - offset),
+            num_samples=10,
+            eta=2 / 255,
+            seed=0,
+            space="x",
+            data_range=width,
+        )
+        for data, offset, width in (
+            (pixels / 255, 0, None),
+            (pixels / 127.5 - 1, shift, 2.0),
+            (pixels, shift, 2.0),
+        )
+    )
+    assert 0.05 < unit.matrix.median() < 0.95, "the case decides nothing"
+    for other in (signed, stored):
+        # an entry may lie at eta to within rounding
+        assert (other.matrix - unit.matrix).abs().max() <= 2 / 120
+        assert (other.to_noise - unit.to_noise).abs().max() <= 2 / 120
+    assert torch.equal(stored.matrix, signed.matrix)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"eta": 0.0}, "eta = 0.0"),
+        ({"num_samples": 1}, "at least 2"),
+        ({"data_range": 2.0}, "no effect"),
+        ({"space": "x", "data_range": 0.0}, "highest minus lowest"),
+        ({"space": "x", "data_range": float("inf")}, "highest minus lowest"),
+    ],
+)
+def test_refuses_settings(options: dict[str, Any], reason: str) -> None:
+    denoiser = OptimalDenoiser(cloud(5, (4,)), Linear())
+    with pytest.raises(InputError, match=reason):
+        similarity(denoiser, TIMES, **{"num_samples": 2, "eta": 0.1, "seed": 0} | options)
 
 
 def test_batches_change_nothing_and_report(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,14 @@ Two schedules differ only in where they put a noise level on the time axis and i
 x_t: x_t / alpha_t depends on sigma_t / alpha_t (the "EDM sigma") alone. That is why stages and time
 grids are expressed in log-SNR and carried from one schedule to another by `time_of`.
 
-Ends: sigma(0) = 0 everywhere but for EDM, whose t = 0 still holds sigma_min of noise; alpha(1) = 0
-for Linear and Cosine only. Near t = 0 the sigma of VP is taken from expm1, so nothing cancels.
+Ends: sigma(0) = 0 everywhere but for EDM, whose t = 0 still holds sigma_min of noise, and for
+SqrtLinear, whose t = 0 is the first of its steps; alpha(1) = 0 for Linear and Cosine only. Near
+t = 0 the sigma of VP is taken from expm1, so nothing cancels.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from torch.nn.functional import logsigmoid
 
 from stratagem.errors import InputError
 
-__all__ = ["EDM", "VP", "Cosine", "Linear", "NoiseSchedule", "expand"]
+__all__ = ["EDM", "VP", "Cosine", "Linear", "NoiseSchedule", "SqrtLinear", "expand"]
 
 _SIGMA_FLOOR = 1e-12
 
@@ -253,3 +255,76 @@ class EDM(NoiseSchedule):
     def time_of(self, log_snr: Tensor) -> Tensor:
         """Returns log(sigma / sigma_min) / log(sigma_max / sigma_min), log sigma = -log_snr/2."""
         return ((-log_snr / 2 - math.log(self.sigma_min)) / self._slope).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class SqrtLinear(NoiseSchedule):
+    """The discrete steps of latent diffusion, joined by straight lines of log alpha.
+
+        alpha_n^2 = prod_{i <= n} (1 - beta_i),  sqrt(beta_i) from sqrt(beta_min) to sqrt(beta_max)
+        t = n / (N - 1),  n = 0 .. N-1;  sigma = sqrt(1 - alpha^2)
+
+    So t = 0 is the first step, whose noise is not 0, and (N - 1) t is the number of a step.
+
+    Reference: Rombach et al. 2022, arXiv:2112.10752; Ho et al. 2020, Eq. 4, arXiv:2006.11239.
+
+    Args:
+        beta_min: Variance that the first step adds.
+        beta_max: Variance that the last step adds.
+        num_steps: Number of steps N, at least 2.
+
+    Raises:
+        InputError: If not 0 < beta_min <= beta_max < 1, or there are fewer than two steps.
+
+    Example:
+        >>> SqrtLinear().alpha(torch.tensor([0.0])).square()
+        tensor([0.9985])
+    """
+
+    beta_min: float = 0.0015
+    beta_max: float = 0.0195
+    num_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        if not (0 < self.beta_min <= self.beta_max < 1 and self.num_steps > 1):
+            raise InputError(
+                f"SqrtLinear schedule: beta_min={self.beta_min}, beta_max={self.beta_max}, "
+                f"num_steps={self.num_steps}: give 0 < beta_min <= beta_max < 1 and two steps"
+            )
+
+    def _line(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns log alpha and its derivative."""
+        knots = _sqrt_linear_knots(self.beta_min, self.beta_max, self.num_steps).to(t)
+        step = t * (self.num_steps - 1)
+        before = step.floor().clamp(0, self.num_steps - 2).long()
+        slope = knots[before + 1] - knots[before]
+        return knots[before] + slope * (step - before), slope * (self.num_steps - 1)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """Returns exp(log alpha)."""
+        return self._line(t)[0].exp()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Returns sqrt(1 - alpha^2)."""
+        return torch.sqrt(-torch.expm1(2 * self._line(t)[0]))
+
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (alpha log(alpha)', -alpha alpha' / sigma); constant slopes between steps."""
+        log_alpha, slope = self._line(t)
+        alpha = log_alpha.exp()
+        return slope * alpha, -slope * alpha**2 / torch.sqrt(-torch.expm1(2 * log_alpha))
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        """Returns the time on the line between two steps; alpha^2 = sigmoid(log_snr)."""
+        knots = _sqrt_linear_knots(self.beta_min, self.beta_max, self.num_steps).to(log_snr)
+        log_alpha = logsigmoid(log_snr) / 2
+        after = torch.searchsorted(-knots, -log_alpha).clamp(1, self.num_steps - 1)
+        part = (log_alpha - knots[after - 1]) / (knots[after] - knots[after - 1])
+        return ((after - 1 + part) / (self.num_steps - 1)).clamp(0, 1)
+
+
+@functools.cache
+def _sqrt_linear_knots(beta_min: float, beta_max: float, num_steps: int) -> Tensor:
+    """Log alpha after each step, float64."""
+    root = torch.linspace(beta_min**0.5, beta_max**0.5, num_steps, dtype=torch.float64)
+    return torch.log1p(-(root**2)).cumsum(0) / 2

@@ -6,12 +6,14 @@ Thresholds (arXiv 2312.09181, eq. 6-7), with S0, S1 the agreement with the clean
     t2 = min { tau : mean of S1 over [tau, 1] >= alpha }
 
 S0 need not fall monotonically (it may return to 1 near pure noise), so "max" is read as the first
-crossing when one walks away from the end.
+crossing when one walks away from the end. The paper stops at three stages; `recursive_thresholds`
+cuts the middle again, with its own ends t1, t2 as references and the bar that fits it.
 
 Partitions: T cells in a row are cut into K contiguous stages of least total cost, a stage of cells
 i..j-1 costing cost[i, j]. A dynamic programme finds the optimum in O(K T^2):
 
-    best_k[j] = min_i best_{k-1}[i] + cost[i, j],    min_cells <= j - i <= max_cells
+    best_k[j] = min_i best_{k-1}[i] + cost[i, j],    min_cells <= j - i <= max_cells,
+                                                     mass of i..j-1 >= min_mass
 
 What differs between criteria is the cost matrix alone: `within_cost` (agreement inside a stage),
 `spread_cost` (log-SNR or time), `affinity_cost` (any affinity to the cell in the middle).
@@ -29,6 +31,7 @@ from stratagem.errors import InputError
 
 __all__ = [
     "affinity_cost",
+    "recursive_thresholds",
     "split",
     "spread_cost",
     "thresholds",
@@ -58,15 +61,92 @@ def thresholds(
         >>> thresholds(torch.arange(5.0), curve, curve.flip(0), 0.9)
         (1.0, 3.0)
     """
-    num_clean = _reach(to_clean, alpha, "clean")
-    num_noise = _reach(to_noise.flip(0), alpha, "noise")
-    t1, t2 = float(times[num_clean - 1]), float(times[len(times) - num_noise])
-    if t1 >= t2:
+    first, last = _ends(times, to_clean, to_noise, alpha)
+    return float(times[first]), float(times[last])
+
+
+def recursive_thresholds(
+    times: Tensor,
+    to_clean: Tensor,
+    to_noise: Tensor,
+    matrix: Tensor,
+    alpha: float,
+    num_stages: int,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Cuts by `thresholds`, then the middle [t1, t2] again, until there are enough stages.
+
+    In the middle S(t, t1) and S(t, t2) take the place of S0 and S1. There agreement falls within
+    few times, so that a bar as high as alpha leaves stages of no length: the bar is half way
+    between full agreement and the middle's mean agreement with the end it agrees with more. For an
+    even number of stages the innermost has one cut, where its times begin to agree more with its
+    noise end than with its clean end (first crossing; no bar).
+
+    Args:
+        times: As in `thresholds`, shape (T,).
+        to_clean: S0, shape (T,).
+        to_noise: S1, shape (T,).
+        matrix: S(a, b) of all pairs of times, shape (T, T).
+        alpha: Bar of the outermost level.
+        num_stages: Number of stages K, at least 1.
+
+    Returns:
+        The K-1 cuts, increasing, and the bar of each level, outermost first.
+
+    Raises:
+        InputError: If a level cannot be cut.
+    """
+    low, high, near, far = 0, len(times) - 1, to_clean, to_noise
+    left: list[float] = []
+    right: list[float] = []
+    bars: list[float] = []
+    while num_stages > 1:
+        part = times[low : high + 1]
+        single, inner = num_stages == 2, bool(bars)
+        try:
+            if single:
+                left.append(_crossing(part, near, far))
+                break
+            bars.append(float(1 + max(near.mean(), far.mean())) / 2 if inner else alpha)
+            first, last = _ends(part, near, far, bars[-1])
+            if inner and (first == 0 or last == len(part) - 1):
+                raise InputError("a stage would hold no time")
+        except InputError as error:
+            if not inner:
+                raise
+            raise InputError(
+                f"the middle, t = {part[0]:.3f} to {part[-1]:.3f}, cannot be cut by thresholds "
+                f"again ({error}): ask for fewer stages or use method 'dp'"
+            ) from None
+        low, high = low + first, low + last
+        left.append(float(times[low]))
+        right.append(float(times[high]))
+        near, far = matrix[low : high + 1, low], matrix[low : high + 1, high]
+        num_stages -= 2
+    return (*left, *reversed(right)), tuple(bars)
+
+
+def _ends(times: Tensor, to_clean: Tensor, to_noise: Tensor, alpha: float) -> tuple[int, int]:
+    """Returns the last index of the clean end's stage and the first of the noise end's."""
+    first = _reach(to_clean, alpha, "clean") - 1
+    last = len(times) - _reach(to_noise.flip(0), alpha, "noise")
+    if first >= last:
         raise InputError(
-            f"the clean and the noise stage overlap (up to t = {t1:.3f}, from t = {t2:.3f}): "
-            f"raise alpha = {alpha:g} or lower eta"
+            f"the clean and the noise stage overlap (up to t = {times[first]:.3f}, from "
+            f"t = {times[last]:.3f}): raise alpha = {alpha:g} or lower eta"
         )
-    return t1, t2
+    return first, last
+
+
+def _crossing(times: Tensor, to_clean: Tensor, to_noise: Tensor) -> float:
+    """Returns the time half a step before the first that agrees more with the noise end."""
+    later = (to_noise > to_clean).nonzero()
+    if len(later) == 0 or int(later[0]) == 0:
+        raise InputError(
+            f"{'no' if len(later) == 0 else 'every'} time agrees more with the noise end than with "
+            "the clean end: change eta, or use method 'dp'"
+        )
+    k = int(later[0])
+    return float(times[k - 1] + times[k]) / 2
 
 
 def _reach(agreement: Tensor, alpha: float, end: str) -> int:
@@ -88,7 +168,13 @@ def _reach(agreement: Tensor, alpha: float, end: str) -> int:
 
 
 def split(
-    cost: Tensor, num_stages: int, *, min_cells: int = 1, max_cells: int | None = None
+    cost: Tensor,
+    num_stages: int,
+    *,
+    min_cells: int = 1,
+    max_cells: int | None = None,
+    mass: Tensor | None = None,
+    min_mass: float = 0.0,
 ) -> list[int]:
     """Cuts a row of T cells into contiguous stages of least total cost.
 
@@ -99,12 +185,14 @@ def split(
         num_stages: Number of stages K, at least 1.
         min_cells: Fewest cells of a stage, at least 1.
         max_cells: Most cells of a stage; T by default.
+        mass: Share of the training draws in each cell, shape (T,); given with `min_mass`.
+        min_mass: Least share of the training draws in a stage.
 
     Returns:
         The K-1 inner cuts, increasing: a stage ends before cell `cut`, the next begins with it.
 
     Raises:
-        InputError: If no partition has these sizes.
+        InputError: If no partition has these sizes and masses.
 
     Example:
         >>> split(spread_cost(torch.tensor([0.0, 0.1, 0.2, 5.0, 5.1])), 2)
@@ -120,6 +208,11 @@ def split(
     index = torch.arange(num_cells + 1)
     size = index[None, :] - index[:, None]
     allowed = (size >= max(1, min_cells)) & (size <= max_cells)
+    if mass is not None:
+        upto = torch.zeros(num_cells + 1, dtype=torch.float64)
+        upto[1:] = mass.double().cumsum(0)
+        # A hair lower, so that K equal stages may each have 1 / K.
+        allowed &= upto[None, :] - upto[:, None] >= min_mass - 1e-9
     step = torch.where(allowed, cost.double(), torch.inf)
     best = torch.full((num_cells + 1,), torch.inf, dtype=torch.float64)
     best[0] = 0.0
@@ -129,6 +222,11 @@ def split(
         # numpy's argmin takes the first of equal values; torch's promises nothing.
         origins.append(total.argmin(axis=0))
         best = torch.from_numpy(total.min(axis=0))
+    if torch.isinf(best[-1]):
+        raise InputError(
+            f"cannot cut {num_cells} cells into {num_stages} stages that each get {min_mass:g} of "
+            "the training draws: ask for fewer stages or a smaller share"
+        )
     cuts, j = [], num_cells
     for origin in reversed(origins):
         j = int(origin[j])
