@@ -13,10 +13,12 @@ from stratagem.config import (
     ModelConfig,
     RunConfig,
     StagesConfig,
+    UNetModelConfig,
     dump,
     load,
     parse,
 )
+from stratagem.config.checks import check_decoders
 from stratagem.errors import InputError
 from stratagem.train import TrainConfig
 
@@ -31,7 +33,14 @@ def test_round_trip(tmp_path: Path) -> None:
         stages=StagesConfig("stages.json", 2, (3, 2, 1)),
         train=TrainConfig(steps=7, learning_rate=1e-5),
     )
-    for c in (config, replace(config, memory=None, stages=None)):
+    unet = replace(
+        config,
+        model=ModelConfig(),
+        unet=UNetModelConfig(style="ldm", mults=(1, 2), attention=(), head_width=16),
+        stages=StagesConfig(edges=(1.5, -2.0), attention=((8, 4), (), ()), shared_middle=False),
+    )
+    assert "model:" not in dump(unet)
+    for c in (config, replace(config, memory=None, stages=None), unet):
         (tmp_path / "c.yaml").write_text(dump(c))
         assert load(tmp_path / "c.yaml") == c
 
@@ -68,6 +77,47 @@ WRONG = {
     "align.block is 5: it can be at most 4": {"model": {"depth": 4}, "align": {"block": 5}},
     "align_weight has no effect": {"train": {"align_weight": 1}},
     "edm needs edm": {"diffusion": {"schedule": "edm"}},
+    "model has no effect beside unet": {"model": {"depth": 3}, "unet": {}},
+    "unknown key unet.depth": {"unet": {"depth": 3}},
+    "unet.style is 'ncsn': choose one of ddpm++": {"unet": {"style": "ncsn"}},
+    "unet.norm_groups is 0: it must be above 0": {"unet": {"norm_groups": 0}},
+    "unet.mults[1] must be a whole number": {"unet": {"mults": [1, 1.5]}},
+    "align has no effect with a unet": {"unet": {}, "align": {}},
+    "either file or edges": {"stages": {"shared": 1}},
+    "file or edges: give one": {"stages": {"shared": 1, "file": "s", "edges": [1]}},
+    "edges (1.0, 2.0) must decrease strictly": {"stages": {"shared": 1, "edges": [1, 2]}},
+    "stages.shared is missing": {"stages": {"file": "s"}},
+    "stages.shared has no effect with a unet": {"unet": {}, "stages": {"file": "s", "shared": 1}},
+    "stages.depths has no effect with a unet": {"unet": {}, "stages": {"file": "s", "depths": [1]}},
+    "stages.attention has no effect with a transformer": {
+        "stages": {"file": "s", "shared": 1, "attention": [[4]]}
+    },
+    "stages.shared_middle has no effect with a transformer": {
+        "stages": {"file": "s", "shared": 1, "shared_middle": False}
+    },
+    "stages.attention[0] must be a list": {
+        "unet": {},
+        "stages": {"file": "s", "attention": [4]},
+    },
+    "stages.widths has 2 decoders, but there are 3 stages": {
+        "unet": {},
+        "stages": {"edges": [2, 1], "widths": [8, 4]},
+    },
+    "stages.depths has 3 decoders, but there are 2 stages": {
+        "model": {"depth": 3},
+        "stages": {"edges": [2], "shared": 1, "depths": [2, 2, 1]},
+    },
+    "choose one of tailored, equal, separate, unified": {
+        "stages": {"file": "s", "shared": 1, "form": "joint"}
+    },
+    "stages.budget has no effect with stages.form equal": {
+        "stages": {"file": "s", "shared": 1, "form": "equal", "budget": 0.5}
+    },
+    "stages.form separate has none": {
+        "model": {"depth": 3},
+        "stages": {"file": "s", "shared": 2, "form": "separate"},
+        "align": {"block": 1},
+    },
     "no effect on density uniform": {"diffusion": {"density": "uniform", "density_mean": 1}},
     "each stage needs at least 1 block": {
         "stages": {"file": "s", "shared": 2, "depths": [1, 0]},
@@ -104,3 +154,18 @@ def test_unreadable_files_are_input_errors(tmp_path: Path) -> None:
     for override in ["steps", "=3", "data.x=3"]:
         with pytest.raises(InputError, match="--set"):
             load(path, [override])
+
+
+def test_labels_are_those_of_the_network() -> None:
+    assert not RunConfig("d").labels
+    assert RunConfig("d", model=ModelConfig(labels=True)).labels
+    assert RunConfig("d", unet=UNetModelConfig(labels=True)).labels
+    body = {"data": "d", "unet": {"labels": True}, "train": {"condition_dropout": 0.1}}
+    assert parse(body).labels  # there is something to drop
+
+
+def test_decoders_are_counted_against_the_stages() -> None:
+    staged = StagesConfig("s", 1, (2, 1))
+    check_decoders(staged, 2)
+    with pytest.raises(InputError, match="2 decoders, but there are 3 stages"):
+        check_decoders(staged, 3)

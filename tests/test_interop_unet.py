@@ -1,9 +1,8 @@
-"""Official U-Nets: every stage of every golden network, by itself and through our denoiser."""
+"""Official U-Nets: every stage of every golden network, by itself and as an imported run."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +11,24 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from stratagem.assemble import Model, open_run
+from stratagem.cli import main
 from stratagem.denoiser import Denoiser
 from stratagem.errors import InputError
-from stratagem.interop.unet import UNetProject, convert_unet, ldm_attention
+from stratagem.interop.unet import UNetProject, convert_unet
+from stratagem.interop.unet_shapes import (
+    FAMILIES,
+    OfficialUNet,
+    UNetSource,
+    inspect_unet,
+)
 from stratagem.nets.multi_decoder import MultiDecoder
 from stratagem.nets.unet import UNetConfig, UNetDecoder, UNetEncoder
 from stratagem.nets.unet_style import STYLES
-from stratagem.schedule import EDM, VP
-from stratagem.stages import Stages
+from stratagem.schedule import EDM, VP, SqrtLinear
 from tolerances import FLOAT32, NETWORK, assert_near
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -86,6 +93,16 @@ def configuration(name: str, c: dict[str, Any]) -> tuple[UNetConfig, list[int]]:
     levels = (tuple(c["channel_mult"]), c["num_res_blocks"], tuple(sides))
     cfg = UNetConfig(size, c["in_channels"], c["model_channels"], *levels, like)
     return replace(cfg, num_classes=c["num_classes"] or 0), c["de_nfs"]
+
+
+def ldm_attention(cfg: UNetConfig, stage: int) -> tuple[int, ...]:
+    """Where the published decoder of a stage attends: its constructor counts on between stages.
+
+    Level l of decoder k is taken for one with sides of image_size / (2^l >> k (levels - 1)).
+    """
+    drop = stage * (len(cfg.mults) - 1)
+    factors = {cfg.image_size // side for side in cfg.attention}
+    return tuple(s for s in cfg.sides if (cfg.image_size // s) >> drop in factors)
 
 
 def build(name: str, cfg: UNetConfig, widths: list[int]) -> MultiDecoder:
@@ -217,28 +234,161 @@ def test_the_official_mixed_batch(name: str) -> None:
     assert (own[1] - theirs[1]).abs().max() > 1e-3
 
 
-def test_edm_stages_through_the_denoiser() -> None:
-    net, tensors = loaded("edm_multistage_unet")
-    stages = Stages((-2 * math.log(2.5103), -2 * math.log(7.6577)))
-    denoiser = Denoiser(net, EDM(), "edm", stages)
-    names = ["stage0", "stage1", "stage2", "quirk_mixed"]
-    x = torch.cat([tensors[f"inputs/{at}/x"] for at in names])
-    sigma = torch.cat([tensors[f"inputs/{at}/sigma"] for at in names]).double()
-    theirs = torch.cat([tensors[f"outputs/{at}/D"] for at in names])
-    ours = denoiser(x, EDM().time_of(-2 * sigma.log())).x
-    assert_near(ours[:10], theirs[:10], NETWORK)  # the eleventh got the tenth's decoder
-    assert (ours[10] - theirs[10]).abs().max() > 1e-3
+# --- imported runs -------------------------------------------------------------------------------
+
+# Whose they are, and what their weights do not tell.
+IMPORTS: dict[str, tuple[UNetSource, str]] = {
+    "edm_unet_ddpmpp": ("edm", ""),
+    "edm_unet_ncsnpp": ("edm", ""),
+    "edm_multistage_unet": ("multistage-edm", ""),
+    "ncsnpp_multistage": ("ncsnpp-multistage", "--image-size 8 --norm-groups 4"),
+    "ldm_multistage_unet_a": ("ldm-multistage", "--image-size 8 --head-width 16"),
+    "ldm_multistage_unet_b": ("ldm-multistage", "--image-size 4 --head-width 16 --cuts 442"),
+}
 
 
-def test_ncsnpp_stages_through_the_denoiser() -> None:
-    net, tensors = loaded("ncsnpp_multistage", time_scale=999.0)
-    edges = VP().log_snr(torch.tensor([0.442, 0.6308], dtype=torch.float64))
-    denoiser = Denoiser(net, VP(), "eps", Stages(tuple(edges.tolist())))
-    names = ["stage0", "stage1", "stage2"]
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
+    """Imports each golden network once, through the command line, and opens the run."""
+    folder, runs = tmp_path_factory.mktemp("imported"), dict[str, Model]()
+
+    def get(name: str) -> Model:
+        if name not in runs:
+            save_file(golden(name)[1], folder / f"{name}.safetensors")
+            source, flags = IMPORTS[name]
+            line = f"import {folder / name}.safetensors --from {source} --out {folder / name}"
+            assert main([*line.split(), *flags.split()]) == 0
+            runs[name] = open_run(folder / name)
+        return runs[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_imported_plain_network(name: str, imported: Callable[[str], Model]) -> None:
+    model, (_, _, tensors) = imported(name), golden(name)
+    t = EDM().time_of(-2 * tensors["inputs/sigma"].double().log())
+    found = model.denoiser(tensors["inputs/x"], t, **labels(tensors)).x
+    assert_near(found, tensors["outputs/edm_D"], NETWORK)
+
+
+@pytest.mark.parametrize(("name", "stages"), STAGED)
+def test_imported_run_takes_every_row_to_its_stage(
+    name: str, stages: int, imported: Callable[[str], Model]
+) -> None:
+    """Rows of all stages at once, routed by their noise level alone."""
+    model, (_, _, tensors) = imported(name), golden(name)
+    names, edm = [f"stage{k}" for k in range(stages)], PROJECTS[name] == "edm"
     x = torch.cat([tensors[f"inputs/{at}/x"] for at in names])
-    t = torch.cat([tensors[f"inputs/{at}/time_cond"] for at in names]).double() / 999
-    theirs = torch.cat([tensors[f"outputs/{at}"] for at in names])
-    assert_near(denoiser(x, t).eps, theirs, NETWORK)
+    if edm:
+        sigma = torch.cat([tensors[f"inputs/{at}/sigma"] for at in names])
+        t = model.denoiser.schedule.time_of(-2 * sigma.double().log())
+    else:
+        t = torch.cat([times(tensors, at) for at in names]).double() / 999
+    label = torch.cat([label_of(tensors, at).get("label", torch.zeros(0)) for at in names])
+    known = {"label": label} if len(label) else {}
+    prediction = model.denoiser(x, t, **known)
+    theirs = torch.cat([tensors[f"outputs/{at}{'/D' if edm else ''}"] for at in names])
+    assert_near(prediction.x if edm else prediction.eps, theirs, NETWORK)
+    for row, at in enumerate(t):  # and a sampler's way, one time for all rows
+        one = {key: value[row : row + 1] for key, value in known.items()}
+        alone = model.denoiser(x[row : row + 1], at, **one)
+        assert_near((alone.x if edm else alone.eps)[0], theirs[row], NETWORK)
+
+
+@pytest.mark.parametrize("name", IMPORTS)
+def test_imported_run_is_sampled_like_any_other(
+    name: str, imported: Callable[[str], Model], tmp_path: Path
+) -> None:
+    model = imported(name)
+    line = f"sample {model.path} --num 2 --steps 2 --out {tmp_path / 's'}"
+    assert main(line.split()) == 0
+    made = json.loads((model.path / "run.json").read_text())["meta"]
+    assert made["imported"]["from"] == FAMILIES[IMPORTS[name][0]].title
+    latents = (tmp_path / "s" / "latents.safetensors").is_file()
+    assert latents == (PROJECTS[name] == "ldm")
+    assert len(list((tmp_path / "s").glob("*.png"))) == (0 if latents else 2)
+
+
+@pytest.mark.parametrize("first", [3, 442])
+def test_steps_of_latent_diffusion_on_their_edges_belong_to_the_later_stage(
+    first: int, tmp_path: Path
+) -> None:
+    """Even where the log-SNR of the step, computed in float32, is above that of the edge."""
+    save_file(golden("ldm_multistage_unet_a")[1], tmp_path / "w.safetensors")
+    words = f"--image-size 8 --head-width 16 --cuts {first} 631 --out {tmp_path}/run"
+    assert main(f"import {tmp_path}/w.safetensors --from ldm-multistage {words}".split()) == 0
+    denoiser = open_run(tmp_path / "run").denoiser
+    assert denoiser.stages is not None
+    assert denoiser.schedule == SqrtLinear()
+    for kind in (torch.float32, torch.float64):
+        steps = torch.tensor([0, first - 0.1, first, 630.9, 631, 999], dtype=torch.float64)
+        stage = denoiser.stages.index(denoiser.schedule.log_snr((steps / 999).to(kind)))
+        assert stage.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("name", IMPORTS)
+def test_sizes_are_read_from_the_weights(name: str) -> None:
+    config, weights, _ = golden(name)
+    cfg, widths = configuration(name, config)
+    source, flags = IMPORTS[name]
+    words = flags.split()
+    told: dict[str, Any] = {
+        k.removeprefix("--").replace("-", "_"): int(v)
+        for k, v in zip(words[::2], words[1::2], strict=True)
+    }
+    if "cuts" in told:
+        told["cuts"] = (told["cuts"],)
+    found = inspect_unet(weights, source, **told)
+    assert isinstance(found, OfficialUNet)
+    sides = tuple(s for s in cfg.sides if s in cfg.attention)
+    shared = cfg.shared_middle or name in PLAIN  # one decoder: all the same
+    assert found.cfg == replace(cfg, attention=sides, shared_middle=shared)
+    assert found.widths == tuple(widths)
+    expected = tuple(ldm_attention(found.cfg, k) for k in range(len(widths)))
+    assert found.attention == (expected if name == "ldm_multistage_unet_a" else None)
+
+
+WRONG_IMPORTS = [
+    ("edm_unet_ddpmpp", "multistage-edm", "", "multistage EDM of 1 decoders has 0 cuts"),
+    ("edm_multistage_unet", "edm", "", "EDM of 3 decoders has 2 cuts between them, not 0"),
+    ("edm_multistage_unet", "multistage-edm", "--cuts 7 2", "must decrease"),
+    ("edm_multistage_unet", "multistage-edm", "--norm-groups 7", "groups"),
+    ("edm_multistage_unet", "multistage-edm", "--head-width 4", "--head-width has no effect"),
+    ("edm_multistage_unet", "multistage-edm", "--heads 4", "--heads has no effect with --from"),
+    ("edm_multistage_unet", "multistage-edm", "--bank b", "--bank has no effect"),
+    ("edm_multistage_unet", "multistage-edm", "--image-size 16", "contradicts the weights: 8"),
+    ("ncsnpp_multistage", "ncsnpp-multistage", "", "do not tell the side of the images"),
+    ("ncsnpp_multistage", "ncsnpp-multistage", "--image-size 7", "cannot be halved 1 times"),
+    (
+        "ncsnpp_multistage",
+        "ldm-multistage",
+        "--image-size 8",
+        "'input_blocks.0.0.weight' is missing",
+    ),
+    ("ldm_multistage_unet_a", "edm", "", "not the weights of EDM: they hold no blocks"),
+    ("ldm_multistage_unet_a", "ldm-multistage", "--image-size 8 --head-width 7", "heads of 7"),
+    ("ldm_multistage_unet_a", "sit", "--cuts 3", "--cuts has no effect with --from sit"),
+]
+
+
+@pytest.mark.parametrize(("name", "source", "flags", "message"), WRONG_IMPORTS)
+def test_wrong_imports_end_in_one_line(
+    name: str,
+    source: str,
+    flags: str,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert source == "sit" or source in FAMILIES
+    save_file(golden(name)[1], tmp_path / "w.safetensors")
+    line = f"import {tmp_path}/w.safetensors --from {source} --out {tmp_path}/run {flags}"
+    assert main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 # --- ADM, by its names ---------------------------------------------------------------------------
@@ -283,6 +433,8 @@ def test_adm_takes_its_place() -> None:
     weights = {f"model.{n}.weight": torch.randn(s, generator=g) for n, s in shapes.items()}
     weights |= {f"model.{n}.bias": torch.randn(s[0], generator=g) for n, s in shapes.items()}
     weights["model.map_label.weight"] = torch.randn(32, 5, generator=g)
+    found = inspect_unet(weights, "edm", head_width=4)
+    assert (found.style, found.cfg) == ("adm", replace(cfg, shared_middle=True))
     made = convert_unet(weights, "edm", cfg, net)
     rows = made["encoder.condition.join.label.weight"]
     assert torch.equal(rows[:5], weights["model.map_label.weight"].T)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stratagem.nets.multi_decoder import MultiDecoder
+from stratagem.nets.multi_decoder import MultiDecoder, PassOn, Whole
 from stratagem.nets.transformer import TransformerConfig, TransformerDecoder, TransformerEncoder
 from tolerances import FLOAT32, assert_near
 
@@ -97,6 +97,28 @@ def test_each_decoder_runs_once_on_its_rows_and_nested_features_follow() -> None
     assert [d.factor.grad for d in net.decoders] == [torch.tensor(2.0), None, torch.tensor(3.0)]
 
 
+@pytest.mark.parametrize("counts", [(3, 2, 2), (0, 7, 0), (0, 3, 4), (7, 0, 0)])
+def test_counts_of_sorted_rows_equal_a_stage_per_row(counts: tuple[int, ...]) -> None:
+    net = network()
+    x, t, condition = batch()
+    stage = torch.arange(3).repeat_interleave(torch.tensor(counts))
+    sliced = net(x, t, stage=counts, **condition)
+    assert torch.equal(sliced, net(x, t, stage=stage, **condition))
+    assert torch.equal(
+        network((2,))(x, t, stage=counts, **condition), network((2,))(x, t, **condition)
+    )
+
+
+def test_counts_ask_no_device() -> None:
+    """The meta device has no values: whatever waits for one fails."""
+    net = network().to("meta")
+    x, t, condition = batch()
+    given = {name: value.to("meta") for name, value in condition.items()}
+    assert net(x.to("meta"), t.to("meta"), stage=(3, 2, 2), **given).shape == x.shape
+    with pytest.raises(RuntimeError):
+        net(x.to("meta"), t.to("meta"), stage=STAGE.to("meta"), **given)
+
+
 def test_gradients_reach_used_decoders_and_the_encoder_only() -> None:
     net = network()
     x, t, condition = batch()
@@ -116,6 +138,9 @@ def test_a_missing_or_impossible_stage_is_refused() -> None:
             net(x, t, stage=stage, **condition)
     with pytest.raises(ValueError, match="7 images"):
         net(x, t, stage=STAGE[:3], **condition)
+    for counts in ((3, 2, 1), (7,), (3, 4), (7, 0, 0, 0)):
+        with pytest.raises(ValueError, match="7 images, 3 stages, but"):
+            net(x, t, stage=counts, **condition)
     with pytest.raises(ValueError, match="at least one"):
         MultiDecoder(net.encoder, [])
 
@@ -137,17 +162,18 @@ def test_state_dict_and_deepcopy_carry_the_network() -> None:
     assert torch.equal(twin(x, t, stage=STAGE, **condition), out)
 
 
-def test_warm_start_copies_what_fits() -> None:
+def test_networks_that_share_nothing_each_see_their_rows_and_conditions() -> None:
     torch.manual_seed(0)
-    decoders = [TransformerDecoder(CFG, 2), TransformerDecoder(CFG, 2), TransformerDecoder(CFG, 1)]
-    net = MultiDecoder(TransformerEncoder(CFG, 0), decoders)
+    wholes = [
+        MultiDecoder(TransformerEncoder(CFG, 1), [TransformerDecoder(CFG, d)]) for d in (2, 1, 0)
+    ]
+    net = MultiDecoder(PassOn(), [Whole(whole) for whole in wholes])
     x, t, condition = batch()
-    assert not torch.equal(net(x, t, stage=1, **condition), net(x, t, stage=0, **condition))
-    net.warm_start()
-    assert torch.equal(net(x, t, stage=1, **condition), net(x, t, stage=0, **condition))
-    source = decoders[0].state_dict()
-    assert all(torch.equal(v, source[k]) for k, v in decoders[2].state_dict().items())
-    narrow = network()
-    before = copy.deepcopy(narrow.decoders[2].out.weight)
-    narrow.warm_start()
-    assert torch.equal(narrow.decoders[2].out.weight, before)
+    for given in ({}, {"label": condition["label"], "memory": None}, condition):
+        found = net(x, t, stage=STAGE, **given)
+        for k, whole in enumerate(wholes):
+            rows = STAGE.eq(k)
+            own = {n: v[rows] for n, v in given.items() if v is not None}
+            assert_near(found[rows], whole(x[rows], t[rows], **own), FLOAT32)
+    found.square().sum().backward()
+    assert all(p.grad is not None for p in net.parameters())

@@ -1,7 +1,7 @@
 """A run's configuration: frozen dataclasses, YAML in and out, nothing tolerated that has no effect.
 
 data: out/digits              what to train on
-model: {width: 64, ...}       the network
+model: {width: 64, ...}       the network, a transformer; or  unet: {style: ncsn++, ...}
 memory: {bank: out/bank...}   present: conditioned on snippets
 stages: {file: out/stages...} present: one decoder per stage
 train: {steps: 1000, ...}
@@ -15,6 +15,7 @@ from stratagem.config.sections import (
     ModelConfig,
     RunConfig,
     StagesConfig,
+    UNetModelConfig,
 )
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "ModelConfig",
     "RunConfig",
     "StagesConfig",
+    "UNetModelConfig",
     "dump",
     "load",
     "parse",

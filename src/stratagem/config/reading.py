@@ -64,13 +64,16 @@ def parse(body: Mapping[str, Any], where: str = "configuration") -> RunConfig:
 
 def dump(config: RunConfig) -> str:
     """Writes a configuration as YAML that `load` reads back to an equal one."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    body = _plain(dataclasses.asdict(config))
+    if config.unet is not None:
+        del body["model"]
+    return yaml.safe_dump(body, sort_keys=False)
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items() if v is not None}
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
 def _override(body: dict[str, Any], text: str) -> None:

@@ -28,7 +28,14 @@ from stratagem.interop.state_dict import load_foreign
 from stratagem.memory.bank import MemoryBank
 from stratagem.memory.store import Codec, Held, LowRank, Plain, Recoded, Store, codec_of, hold
 
-__all__ = ["read_bank", "read_vectors"]
+__all__ = ["GMEM_ENCODER", "GMEM_SIZE", "read_bank", "read_vectors"]
+
+GMEM_ENCODER = {
+    "name": "dinov2-b",
+    "preprocessing": "ADM crop to 256, bicubic to 224, ImageNet mean and deviation",
+    "weights": "dinov2_vitb14, class token",
+}
+GMEM_SIZE = 256  # of the images, before they are scaled for the encoder
 
 _TINY = 1e-6  # share of the largest singular value below which a direction is rounding
 
@@ -64,12 +71,7 @@ def read_bank(path: Path, form: str | None = None) -> MemoryBank:
         store,
         torch.full((store.num,), -1),
         torch.zeros(store.num, dtype=torch.bool),
-        encoder={
-            "name": "dinov2-b",
-            "dim": store.codec.dim,
-            "preprocessing": "ADM crop to 256, bicubic to 224, ImageNet mean and deviation",
-            "weights": "dinov2_vitb14, class token",
-        },
+        encoder={**GMEM_ENCODER, "dim": store.codec.dim},
         data="",
         frequency=None if frequency is None else frequency.flatten().float(),
         history=({"edit": "import", "file": path.name},),

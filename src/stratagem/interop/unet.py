@@ -28,7 +28,7 @@ from stratagem.interop.state_dict import require_match
 from stratagem.nets.multi_decoder import MultiDecoder
 from stratagem.nets.unet import UNetConfig
 
-__all__ = ["UNetProject", "convert_unet", "ldm_attention"]
+__all__ = ["UNetProject", "convert_unet"]
 
 UNetProject = Literal["edm", "ncsnpp", "ldm"]
 
@@ -120,22 +120,6 @@ def _make(source: _Source, own: Mapping[str, Tensor], what: str) -> Tensor:
     except (RuntimeError, IndexError) as error:
         names = ", ".join(f"{name} {tuple(own[name].shape)}" for name in source.names)
         raise InputError(f"these are not the weights of {what}: mis-shaped {names}") from error
-
-
-def ldm_attention(cfg: UNetConfig, stage: int) -> tuple[int, ...]:
-    """Returns the sides at which the official multistage LDM's decoder of a stage attends.
-
-    Its constructor counts on from one decoder to the next: level l of decoder k is taken for one
-    with sides of image_size / (2^l >> k (levels - 1)). Decoder 0 alone is sure to be right.
-
-    Example:
-        >>> cfg = UNetConfig(64, 3, 224, (1, 2, 3, 4), 2, (32, 16, 8))
-        >>> [ldm_attention(cfg, k) for k in range(3)]
-        [(32, 16, 8), (), ()]
-    """
-    drop = stage * (len(cfg.mults) - 1)
-    factors = {cfg.image_size // side for side in cfg.attention}
-    return tuple(s for s in cfg.sides if (cfg.image_size // s) >> drop in factors)
 
 
 def _is_idle(name: str) -> bool:

@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["macs", "mean_macs", "parameters"]
+__all__ = ["macs", "mean_macs", "parameters", "saved_bytes"]
 
 
 def parameters(module: nn.Module) -> int:
@@ -50,6 +51,33 @@ def macs(module: nn.Module, *inputs: Any, **keywords: Any) -> int:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         module(*inputs, **keywords)
     return int(counter.get_total_flops()) // 2
+
+
+def saved_bytes(module: nn.Module, *inputs: Any, **keywords: Any) -> int:
+    """Returns the bytes that one call of a module keeps for its gradient, beside its parameters.
+
+    Args:
+        module: The network.
+        inputs: Its inputs.
+        keywords: Its keyword inputs, such as stage.
+
+    Example:
+        >>> saved_bytes(nn.Sequential(nn.Linear(3, 5), nn.Sigmoid()), torch.zeros(2, 3))
+        64
+    """
+    own = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
+    saved: dict[int, int] = {}  # storages are compared, for views of one share their memory
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), saved_tensors_hooks(note, lambda tensor: tensor):
+        output = module(*inputs, **keywords)  # held while it is counted, and with it the storages
+    del output
+    return sum(saved.values())
 
 
 def mean_macs(per_stage: Sequence[float], weights: Sequence[float]) -> float:

@@ -1,60 +1,120 @@
-"""What a run costs: parameters, and MACs per network call averaged over the sampler's calls.
+"""What a run costs: parameters, and MACs per network call averaged over draws and sampler's calls.
 
-The stages differ in cost, and a sampler does not call them equally often; so the sampler's own loop
-is run once on a stand-in that only notes the times it is asked for.
+The stages differ in cost, and neither training nor a sampler meets them equally often. Training's
+shares are those that its batches are drawn with; the sampler's calls are counted: its own loop is
+run once on a stand-in that only notes the times it is asked for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stratagem.assemble import Model
+from stratagem.assemble import Model, make_density, make_schedule
+from stratagem.clustering.search import share_of_draws
+from stratagem.config import RunConfig
 from stratagem.denoiser import Prediction
 from stratagem.nets.cost import macs, mean_macs, parameters
+from stratagem.nets.multi_decoder import MultiDecoder
 from stratagem.programs.sample import SampleConfig, make_solver
 from stratagem.sampler import sample
 from stratagem.schedule import NoiseSchedule
 from stratagem.stages import Stages
 
-__all__ = ["Cost", "call_times", "cost_of"]
+__all__ = ["Cost", "Visits", "blank_images", "call_times", "cost_of", "network_cost", "visits"]
+
+
+class Visits(NamedTuple):
+    """How often each stage is met.
+
+    Attributes:
+        draws: Share of the training draws; sum 1.
+        calls: Network calls for one image.
+    """
+
+    draws: tuple[float, ...]
+    calls: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one network.
+    """Of one network; lists have an entry per stage.
 
     Attributes:
         parameters: All of them.
         calls: Network calls in each stage, for one image.
         stage_macs: MACs of one call in each stage.
         mean_macs: MACs of a call, mean over the sampler's calls.
+        stage_parameters: Parameters that a call in each stage uses.
+        draws: Share of the training draws in each stage.
+        mean_macs_draws: MACs of a call, mean over the training draws.
     """
 
     parameters: int
     calls: tuple[int, ...]
     stage_macs: tuple[int, ...]
     mean_macs: float
+    stage_parameters: tuple[int, ...]
+    draws: tuple[float, ...]
+    mean_macs_draws: float
 
 
 def cost_of(model: Model, cfg: SampleConfig) -> Cost:
-    """Counts what sampling one image costs."""
-    denoiser = model.denoiser
-    times = torch.tensor(call_times(cfg, denoiser.schedule))
-    stages = denoiser.stages or Stages(())
-    index = stages.index(denoiser.schedule.log_snr(times))
-    calls = [int((index == k).sum()) for k in range(stages.num)]
-    x_t, t = torch.zeros(1, *model.shape), torch.zeros(1)
+    """Counts what a trained run costs when it samples like this."""
+    denoiser, dim = model.denoiser, model.bank.dim if model.bank is not None else 0
+    met = visits(model.config, denoiser.stages, cfg)
+    return network_cost(denoiser.backbone, blank_images(model.shape, dim, model.num_classes), met)
+
+
+def visits(run: RunConfig, stages: Stages | None, cfg: SampleConfig) -> Visits:
+    """Counts how often training and sampling meet each stage.
+
+    Shares that follow the measured loss (stages.policy loss) are not known beforehand: they start
+    as the density's, which is what is returned.
+    """
+    stages, schedule = stages or Stages(()), make_schedule(run.diffusion.schedule)
+    index = stages.index(schedule.log_snr(torch.tensor(call_times(cfg, schedule))))
+    calls = tuple(int((index == k).sum()) for k in range(stages.num))
+    draws = share_of_draws(stages, make_density(run.diffusion, schedule), schedule)
+    if run.stages is not None and run.stages.policy == "uniform":
+        draws = (1 / stages.num,) * stages.num
+    return Visits(draws, calls)
+
+
+def blank_images(
+    shape: Sequence[int], memory_dim: int, num_classes: int, num: int = 1
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Returns what a backbone is called with, for some images: x_t, time and condition."""
     condition: dict[str, Tensor] = {}
-    if model.bank is not None:
-        condition["memory"] = torch.zeros(1, model.bank.dim)
-    if model.num_classes:
-        condition["label"] = torch.zeros(1, dtype=torch.int64)
-    per_stage = [macs(denoiser.backbone, x_t, t, stage=k, **condition) for k in range(stages.num)]
+    if memory_dim:
+        condition["memory"] = torch.zeros(num, memory_dim)
+    if num_classes:
+        condition["label"] = torch.zeros(num, dtype=torch.int64)
+    return torch.zeros(num, *shape), torch.zeros(num), condition
+
+
+def network_cost(
+    backbone: nn.Module, image: tuple[Tensor, Tensor, dict[str, Tensor]], met: Visits
+) -> Cost:
+    """Counts what a network costs whose stages are met so often; see `blank_images`."""
+    assert isinstance(backbone, MultiDecoder)
+    x_t, t, condition = image
+    stages = range(len(met.draws))
+    per_stage = [macs(backbone, x_t, t, stage=k, **condition) for k in stages]
+    # One decoder for all stages is there once for each.
+    own = [parameters(backbone.decoders[min(k, backbone.num_stages - 1)]) for k in stages]
     return Cost(
-        parameters(denoiser.backbone), tuple(calls), tuple(per_stage), mean_macs(per_stage, calls)
+        parameters(backbone),
+        met.calls,
+        tuple(per_stage),
+        mean_macs(per_stage, met.calls),
+        tuple(parameters(backbone.encoder) + number for number in own),
+        met.draws,
+        mean_macs(per_stage, met.draws),
     )
 
 

@@ -11,22 +11,62 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from stratagem import checkpoint
 from stratagem.artifact import write_record
-from stratagem.assemble import make_backbone
 from stratagem.checkpoint import Checkpoint
-from stratagem.config import MemoryConfig, ModelConfig, RunConfig, dump
+from stratagem.config import (
+    DiffusionConfig,
+    MemoryConfig,
+    ModelConfig,
+    RunConfig,
+    StagesConfig,
+    UNetModelConfig,
+    dump,
+)
 from stratagem.errors import InputError
 from stratagem.interop.dit import Official, Project, convert, inspect
-from stratagem.interop.state_dict import read
+from stratagem.interop.state_dict import Weights, read
+from stratagem.interop.unet import convert_unet
+from stratagem.interop.unet_shapes import FAMILIES, OfficialUNet, UNetSource, inspect_unet
 from stratagem.memory.bank import MemoryBank
+from stratagem.nets.transformer import TransformerConfig
+from stratagem.nets.unet import UNetConfig
+from stratagem.nets.unet_style import STYLES
+from stratagem.networks import make_backbone
+from stratagem.schedule import VP, SqrtLinear
 
-__all__ = ["Imported", "import_run"]
+__all__ = ["Imported", "Source", "Told", "import_run"]
+
+Source = Project | UNetSource
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the weights of some networks do not tell.
+
+    Attributes:
+        heads: Attention heads of a transformer, where neither the weights nor a published width
+            tell.
+        image_size: Side of the images or latents, where the file has no table of positions and
+            no sides in its names.
+        rope: Whether attention rotates by position, where the weights leave it open.
+        norm_groups: Most groups of a U-Net's group norms, if not the published ones.
+        head_width: Width of a U-Net's attention heads, if not the published one.
+        cuts: Where a multistage U-Net cuts the noise axis, if not where the published one does:
+            EDM's sigma, NCSN++'s t, LDM's number of a step.
+    """
+
+    heads: int | None = None
+    image_size: int | None = None
+    rope: Literal["yes", "no"] | None = None
+    norm_groups: int | None = None
+    head_width: int | None = None
+    cuts: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -34,61 +74,112 @@ class Imported:
     """What was imported.
 
     Attributes:
-        official: The network.
+        title: Whose network it is.
+        about: Its sizes.
         parameters: Numbers in it.
         left_out: What the file holds besides.
         bank: Where `sample` looks for the memory bank, or None for a network without memory.
     """
 
-    official: Official
+    title: str
+    about: str
     parameters: int
     left_out: tuple[str, ...]
     bank: Path | None
 
 
 def import_run(
-    file: Path,
-    project: Project,
-    out: Path,
-    *,
-    heads: int | None = None,
-    image_size: int | None = None,
-    rope: bool | None = None,
-    bank: Path | None = None,
+    file: Path, source: Source, out: Path, *, told: Told = Told(), bank: Path | None = None
 ) -> Imported:
     """Makes a run of an official checkpoint.
 
     Args:
         file: A .safetensors, .pt or .pth file.
-        project: Whose checkpoint it is.
+        source: Whose checkpoint it is.
         out: The run's folder; must not hold anything.
-        heads: Number of heads, where the weights do not tell.
-        image_size: Side of x_t, where the weights do not tell.
-        rope: Whether attention rotates, where the weights do not tell.
+        told: What its weights do not tell.
         bank: Memory bank of a network with memory; None leaves its place open.
 
     Raises:
-        InputError: If the file is no such checkpoint, sizes cannot be told, the bank does not fit,
-            or the folder is not empty.
+        InputError: If the file is no such checkpoint, sizes cannot be told or have no effect, the
+            bank does not fit, or the folder is not empty.
         DamagedArtifact: If the file is truncated or altered.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} already exists: remove it or choose another --out")
     found = read(file)
-    official = inspect(found.tensors, project, heads=heads, image_size=image_size, rope=rope)
+    if source in FAMILIES:
+        return _import_unet(file, cast(UNetSource, source), out, found, told, bank)
+    return _import_transformer(file, cast(Project, source), out, found, told, bank)
+
+
+def _import_transformer(
+    file: Path, project: Project, out: Path, found: Weights, told: Told, bank: Path | None
+) -> Imported:
+    _refuse(told, project, ("norm_groups", "head_width", "cuts"))
+    rope = None if told.rope is None else told.rope == "yes"
+    official = inspect(
+        found.tensors, project, heads=told.heads, image_size=told.image_size, rope=rope
+    )
     held = None if bank is None else MemoryBank.load(bank)
     _check_bank(official, held)
     place = bank if bank is not None else out / "bank.safetensors"
-    config = _config(official, place)
-    made = _description(official, file, held)
+    cfg, config = official.cfg, _config(official, place)
+    made = _description(cfg, official.family.title, file, held)
     with torch.device("meta"):  # only its shapes are needed
         net = make_backbone(config, made)
     weights = convert(found.tensors, official, net)
     _write(out, config, made, weights)
-    used = sum(tensor.numel() for tensor in weights.values())
     head = official.family.projector
-    left = (*found.left_out, *(("the projector",) if _has_head(found.tensors, head) else ()))
-    return Imported(official, used, left, place if official.cfg.memory_dim else None)
+    return Imported(
+        official.family.title,
+        f"width {cfg.width}, depth {official.depth}, {cfg.heads} heads, images "
+        f"{cfg.channels}x{cfg.image_size}x{cfg.image_size} in patches of {cfg.patch}",
+        sum(tensor.numel() for tensor in weights.values()),
+        (*found.left_out, *(("the projector",) if _has_head(found.tensors, head) else ())),
+        place if cfg.memory_dim else None,
+    )
+
+
+def _import_unet(
+    file: Path, source: UNetSource, out: Path, found: Weights, told: Told, bank: Path | None
+) -> Imported:
+    _refuse(told, source, ("heads", "rope"))
+    if bank is not None:
+        raise InputError("--bank has no effect: this network has no memory")
+    official = inspect_unet(
+        found.tensors,
+        source,
+        image_size=told.image_size,
+        norm_groups=told.norm_groups,
+        head_width=told.head_width,
+        cuts=told.cuts,
+    )
+    cfg, config = official.cfg, _unet_config(official)
+    made = _description(cfg, official.family.title, file, None)
+    if config.stages is not None:
+        made["stages"] = list(config.stages.edges or ())
+    if official.family.project == "ldm":  # of an autoencoder that no file names, unscaled
+        mean, std = [0.0] * cfg.channels, [1.0] * cfg.channels
+        made["latents"] = {"autoencoder": {}, "mean": mean, "std": std}
+    with torch.device("meta"):  # only its shapes are needed
+        net = make_backbone(config, made)
+    weights = convert_unet(found.tensors, official.family.project, cfg, net)
+    _write(out, config, made, weights)
+    return Imported(
+        official.family.title,
+        f"width {cfg.width}, decoders {', '.join(map(str, official.widths))}, images "
+        f"{cfg.channels}x{cfg.image_size}x{cfg.image_size}",
+        sum(tensor.numel() for tensor in weights.values()),
+        found.left_out,
+        None,
+    )
+
+
+def _refuse(told: Told, source: Source, names: tuple[str, ...]) -> None:
+    for name in names:
+        if getattr(told, name) != getattr(Told, name):
+            raise InputError(f"--{name.replace('_', '-')} has no effect with --from {source}")
 
 
 def _has_head(weights: dict[str, Tensor], prefix: str | None) -> bool:
@@ -123,8 +214,54 @@ def _config(official: Official, bank: Path) -> RunConfig:
     return RunConfig(data="unknown", model=model, memory=memory)
 
 
-def _description(official: Official, file: Path, bank: MemoryBank | None) -> dict[str, Any]:
-    cfg = official.cfg
+_PATHS = {  # what the networks were trained to say, and on which path
+    "edm": DiffusionConfig("edm", "edm", "log-normal", -1.2, 1.2),
+    "ncsnpp": DiffusionConfig("vp", "eps", "uniform"),
+    "ldm": DiffusionConfig("sqrt-linear", "eps", "uniform"),
+}
+
+
+def _unet_config(official: OfficialUNet) -> RunConfig:
+    cfg, like = official.cfg, STYLES[official.style]
+    own = ("time", "modulation", "norm_groups", "head_width")
+    unet = UNetModelConfig(
+        style=official.style,
+        width=cfg.width,
+        mults=cfg.mults,
+        blocks=cfg.blocks,
+        attention=cfg.attention,
+        labels=cfg.num_classes > 0,
+        condition_mult=cfg.condition_mult,
+        **{name: v for name in own if (v := getattr(cfg.style, name)) != getattr(like, name)},
+    )
+    stages = None
+    if len(official.widths) > 1:
+        stages = StagesConfig(
+            edges=_edges(official),
+            widths=official.widths,
+            attention=official.attention,
+            shared_middle=cfg.shared_middle,
+        )
+    diffusion = _PATHS[official.family.project]
+    return RunConfig(data="unknown", unet=unet, diffusion=diffusion, stages=stages)
+
+
+def _edges(official: OfficialUNet) -> tuple[float, ...]:
+    """Returns the original's cuts as log-SNRs."""
+    cuts = torch.tensor(official.cuts, dtype=torch.float64)
+    match official.family.project:
+        case "edm":
+            found = -2 * cuts.log()
+        case "ncsnpp":
+            found = VP().log_snr(cuts)
+        case "ldm":  # a whole step belongs to the stage that it begins, whatever its rounding
+            found = SqrtLinear().log_snr((cuts - 1e-3) / 999)
+    return tuple(found.tolist())
+
+
+def _description(
+    cfg: TransformerConfig | UNetConfig, title: str, file: Path, bank: MemoryBank | None
+) -> dict[str, Any]:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return {
@@ -134,7 +271,7 @@ def _description(official: Official, file: Path, bank: MemoryBank | None) -> dic
         "data": "",
         "encoder": None if bank is None else dict(bank.encoder),
         "stages": None,
-        "imported": {"from": official.family.title, "file": file.name, "sha256": digest},
+        "imported": {"from": title, "file": file.name, "sha256": digest},
     }
 
 
