@@ -1,19 +1,16 @@
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from golden_solvers import Golden, measured_order, noise, states
 from oracles import FiniteOracle, GaussianOracle
 from stratagem.denoiser import Denoiser, Prediction
 from stratagem.errors import InputError
-from stratagem.grid import GridKind
 from stratagem.randomness import normal_rows
 from stratagem.sampler import (
     DDIM,
@@ -28,7 +25,7 @@ from stratagem.sampler import (
     time_grid,
 )
 from stratagem.schedule import EDM, VP, Cosine, Linear, NoiseSchedule
-from tolerances import FLOAT32, FLOAT64, assert_near
+from tolerances import FLOAT64, assert_near
 
 DETERMINISTIC = {
     "Euler": Euler(),
@@ -40,15 +37,10 @@ DETERMINISTIC = {
 STOCHASTIC = {"EulerMaruyama": EulerMaruyama(), "StochasticHeun": StochasticHeun()}
 ALL = DETERMINISTIC | STOCHASTIC
 SCHEDULES = [Linear(), Cosine(), VP(), EDM()]
-GOLDEN = Path(__file__).parent / "golden"
 OFFICIAL = {"Linear": Linear(), "GVP": Cosine(), "VP": VP()}
 
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 each_solver = pytest.mark.parametrize("name", ALL)
-
-
-def noise(num: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:
-    return normal_rows(range(num), (2, 3, 3), "test").to(dtype)
 
 
 def start(schedule: NoiseSchedule, times: Tensor, eps: Tensor) -> Tensor:
@@ -69,11 +61,8 @@ def test_measured_order_is_the_declared_order(name: str, schedule: NoiseSchedule
             ends = schedule.log_snr(times[[0, -1]]).tolist()
             times = schedule.time_of(torch.linspace(*ends, num + 1, dtype=torch.float64))
         exact = oracle.flow(x_T, times[0], times[-1])
-        errors.append((sample(oracle, solver, x_T, times) - exact).abs().max().log().item())
-    log_steps = torch.tensor(steps, dtype=torch.float64).log()
-    design = torch.stack([log_steps, torch.ones_like(log_steps)], 1)
-    fit = torch.linalg.lstsq(design, torch.tensor(errors, dtype=torch.float64)[:, None]).solution
-    slope = -fit[0].item()
+        errors.append((sample(oracle, solver, x_T, times) - exact).abs().max().item())
+    slope = measured_order(steps, errors)
     if name == "2M":
         assert slope >= 1.8
     else:
@@ -275,10 +264,6 @@ def test_the_default_diffusion_is_sigma() -> None:
     assert torch.equal(sigma_diffusion(VP(), t), VP().sigma(t))
 
 
-def test_every_kind_of_grid_has_its_test() -> None:
-    assert set(get_args(GridKind)) == {"uniform", "shifted", "karras", "log_snr"}
-
-
 def test_bad_calls_are_refused() -> None:
     oracle, grid = GaussianOracle(Linear()), time_grid(3)
     for solver in STOCHASTIC.values():
@@ -292,94 +277,10 @@ def test_bad_calls_are_refused() -> None:
         Heun("space")  # type: ignore[arg-type]
 
 
-# --- grids -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("num", [1, 2, 17])
-@each_schedule
-def test_grids_decrease_to_the_clean_end(schedule: NoiseSchedule, num: int) -> None:
-    for kind in ("uniform", "shifted", "karras", "log_snr"):
-        options = {"schedule": schedule} if kind in ("karras", "log_snr") else {}
-        times = time_grid(num, kind, **options)
-        assert times.shape == (num + 1,)
-        assert times.dtype == torch.float64
-        assert (times.diff() < 0).all()
-        assert 0 < times[0] <= 1
-        assert times[-1] == 0
-
-
-def test_grids_follow_their_formulas() -> None:
-    sigma = (-VP().log_snr(time_grid(9, "karras", schedule=VP(), rho=3.0)) / 2).exp()
-    assert_near((sigma[:-1] ** (1 / 3)).diff(n=2), torch.zeros(7).double(), FLOAT64)
-    assert_near(sigma[[0, -2]], torch.tensor([80.0, 0.002]).double(), FLOAT32)
-    options = {"schedule": Cosine(), "sigma_min": 0.01, "sigma_max": 30.0}
-    log_snr = Cosine().log_snr(time_grid(9, "log_snr", **options))
-    assert_near(log_snr[:-1].diff(n=2), torch.zeros(7).double(), FLOAT64)
-    assert_near(log_snr[[0, -2]].div(-2).exp(), torch.tensor([30, 0.01]).double(), FLOAT64)
-    # The grid of the official stochastic sampler: linspace(0, 0.996, 50) and a last step of 0.004.
-    official = torch.cat([torch.linspace(0, 0.996, 50, dtype=torch.float64), torch.ones(1)])
-    assert_near(time_grid(50, "uniform", last_step=0.004), 1 - official, FLOAT64)
-    assert_near(time_grid(8, "shifted", shift=1.0), time_grid(8), FLOAT64)
-
-
-def test_a_grid_is_cut_to_the_reach_of_its_schedule() -> None:
-    schedule = EDM(0.01, 50.0)
-    times = time_grid(4, "karras", schedule=schedule)
-    assert (times[0], times[-1]) == (1, 0)
-    for sigma in ({"sigma_max": 60.0}, {"sigma_min": 0.001}):
-        with pytest.raises(InputError, match="sigma_max <= 50"):
-            time_grid(4, "karras", schedule=schedule, **sigma)
-
-
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        ("cosine", {}),
-        ("uniform", {"shift": 2.0}),
-        ("uniform", {"last_step": 0.0}),
-        ("shifted", {"shift": 0.0}),
-        ("shifted", {"schedule": VP()}),
-        ("karras", {}),
-        ("karras", {"schedule": VP(), "rho": 0.0}),
-        ("karras", {"schedule": VP(), "sigma_min": 2.0, "sigma_max": 1.0}),
-        ("log_snr", {"schedule": VP(), "rho": 7.0}),
-    ],
-)
-def test_bad_grids_are_refused(kind: Any, options: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="time grid"):
-        time_grid(4, kind, **options)
-    with pytest.raises(InputError, match="num_steps"):
-        time_grid(0)
-
-
 # --- parity with the official code -------------------------------------------------------------
 
 
-class Golden:
-    """One golden file: its tensors in float64 and the settings of its cases."""
-
-    def __init__(self, name: str) -> None:
-        with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-            self.config = json.loads(file.metadata()["config"])
-            self.tensors = {key: file.get_tensor(key).double() for key in file.keys()}  # noqa: SIM118
-        self.cases: dict[str, dict[str, Any]] = self.config["cases"]
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.tensors[key]
-
-    def oracle(self, schedule: NoiseSchedule) -> GaussianOracle:
-        return GaussianOracle(schedule, self["inputs/mu"], self.config["field"]["s"])
-
-
-ODE, SDE, KARRAS, DPM = (
-    Golden(name) for name in ("transport_ode", "transport_sde", "edm_sampler", "dpm_solver")
-)
-
-
-def states(oracle: GaussianOracle, solver: Sampler, x_T: Tensor, times: Tensor) -> Tensor:
-    seen: list[Tensor] = []
-    sample(oracle, solver, x_T, times, callback=lambda *state: seen.append(state[2]))
-    return torch.stack(seen)
+ODE, SDE = Golden("transport_ode"), Golden("transport_sde")
 
 
 @pytest.mark.parametrize(
@@ -395,15 +296,6 @@ def test_official_ode_trajectories(case: str) -> None:
     oracle = ODE.oracle(OFFICIAL[settings["path"]])
     ours = states(oracle, solver, ODE["inputs/init"], times)
     assert_near(ours, ODE[f"outputs/{case}/xs"], 1e-4)
-
-
-@pytest.mark.parametrize(
-    "case", ["Linear_velocity_euler_n50_shift0.3", "GVP_velocity_heun2_n12_shift0.3"]
-)
-def test_official_timestep_shift(case: str) -> None:
-    official = ODE[f"outputs/{case}/ts"]
-    ours = time_grid(len(official) - 1, "shifted", shift=1 / ODE.cases[case]["timestep_shift"])
-    assert_near(1 - ours, official, FLOAT32)
 
 
 def official_diffusion(form: str, norm: float, schedule: NoiseSchedule, t: Tensor) -> Tensor:
@@ -449,52 +341,3 @@ def test_official_sde_trajectories(case: str) -> None:
         case "Euler":
             x_t, _ = Euler().step(predict, x_t, end, clean, schedule, None, lambda: draws[0])
     assert_near(torch.stack([*ours, x_t]), SDE[f"outputs/{case}/xs"], 5e-5)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-@pytest.mark.parametrize("case", ["heun_deterministic_n18", "heun_deterministic_n9_rho5"])
-def test_official_karras_heun(case: str, schedule: NoiseSchedule) -> None:
-    """The same sampler on any schedule: it knows only x_t / alpha and sigma / alpha."""
-    settings = {**KARRAS.config["defaults"], **KARRAS.cases[case]}
-    num_steps = settings["num_steps"]
-    ends = {name: float(settings[name]) for name in ("sigma_min", "sigma_max")}
-    if isinstance(schedule, EDM):  # its own sigma_min is t = 0; sample() closes
-        schedule, num_steps = EDM(**ends), num_steps - 1
-    times = time_grid(num_steps, "karras", schedule=schedule, rho=settings["rho"], **ends)
-    oracle = KARRAS.oracle(schedule)
-    x_T = schedule.alpha(times[0]) * ends["sigma_max"] * KARRAS["inputs/latents"]
-    assert_near(sample(oracle, Heun("sigma"), x_T, times), KARRAS[f"outputs/{case}/x"], 1e-6)
-    alphas = torch.stack([schedule.alpha(t) for _, t in oracle.calls])
-    sigmas = torch.stack([schedule.sigma(t) for _, t in oracle.calls]) / alphas
-    call_x = torch.stack([x for x, _ in oracle.calls]) / alphas.view(-1, 1, 1, 1, 1)
-    assert_near(sigmas, KARRAS[f"outputs/{case}/call_sigma"], 1e-6)
-    assert_near(call_x, KARRAS[f"outputs/{case}/call_x"], 1e-6)
-
-
-@pytest.mark.parametrize(
-    ("case", "solver"),
-    [
-        ("dpmsolverpp_multistep_o2_logSNR_n12", DPMSolver2M()),
-        ("dpmsolverpp_multistep_o2_time_uniform_n20_dz", DPMSolver2M()),
-        ("dpmsolverpp_multistep_o1_time_quadratic_n8", DDIM()),
-        ("dpmsolver_multistep_o1_time_quadratic_n8", DDIM()),
-    ],
-)
-def test_official_dpm_solver(case: str, solver: Sampler) -> None:
-    settings, oracle = DPM.cases[case], DPM.oracle(VP())
-    end = torch.tensor([settings["t_end"]], dtype=torch.float64)
-    times = torch.cat([DPM[f"outputs/{case}/model_times"][: settings["steps"]], end])
-    ours = states(oracle, solver, DPM["inputs/x_T"], times)
-    if settings["denoise_to_zero"]:
-        ours = torch.cat([ours, oracle(ours[-1], end[0]).x[None]])
-    assert_near(ours, DPM[f"outputs/{case}/intermediates"], 1e-4)
-    assert_near(ours[-1], DPM[f"outputs/{case}/x"], 1e-4)
-
-
-def test_official_log_snr_grid() -> None:
-    case = "dpmsolverpp_multistep_o2_logSNR_n12"
-    sigma = (-VP().log_snr(torch.tensor([0.001, 1.0], dtype=torch.float64)) / 2).exp()
-    ends = {"sigma_min": sigma[0].item(), "sigma_max": sigma[1].item()}
-    ours = time_grid(13, "log_snr", schedule=VP(), **ends)  # 12 steps, and one to the clean end
-    official = torch.cat([DPM[f"outputs/{case}/model_times"], torch.tensor([0.001]).double()])
-    assert_near(ours[:-1], official, 1e-4)

@@ -27,11 +27,12 @@ from stratagem.schedule import NoiseSchedule
 
 __all__ = ["GridKind", "time_grid"]
 
-GridKind = Literal["uniform", "shifted", "karras", "log_snr"]
+GridKind = Literal["uniform", "shifted", "quadratic", "karras", "log_snr"]
 
 _GRID_OPTIONS = {
     "uniform": {"last_step"},
     "shifted": {"shift"},
+    "quadratic": {"last_step"},
     "karras": {"schedule", "rho", "sigma_min", "sigma_max"},
     "log_snr": {"schedule", "sigma_min", "sigma_max"},
 }
@@ -40,20 +41,21 @@ _GRID_OPTIONS = {
 def time_grid(num_steps: int, kind: GridKind = "uniform", **options: Any) -> Tensor:
     """Returns the times at which a solver stops, shape (num_steps + 1,), float64, decreasing to 0.
 
-        uniform   t_i = 1 - i / N; with last_step, uniform from 1 to last_step and then 0
-        shifted   t = shift u / (1 + (shift - 1) u), u uniform; Esser et al. 2024, Eq. 23,
-                  arXiv:2403.03206
-        karras    sigma_i = (a + i / (N - 1) (b - a))^rho for sigma / alpha and i < N, then t = 0;
-                  a = sigma_max^(1/rho), b = sigma_min^(1/rho); Karras et al. 2022, Eq. 5,
-                  arXiv:2206.00364
-        log_snr   log(sigma_i) uniform from sigma_max to sigma_min, i < N, then t = 0
+        uniform    t_i = 1 - i / N; with last_step, uniform from 1 to last_step and then 0
+        shifted    t = shift u / (1 + (shift - 1) u), u uniform; Esser et al. 2024, Eq. 23,
+                   arXiv:2403.03206
+        quadratic  t_i = (1 - i / N)^2; with last_step, sqrt(t) uniform from 1 to its root, then 0
+        karras     sigma_i = (a + i / (N - 1) (b - a))^rho for sigma / alpha and i < N, then t = 0;
+                   a = sigma_max^(1/rho), b = sigma_min^(1/rho); Karras et al. 2022, Eq. 5,
+                   arXiv:2206.00364
+        log_snr    log(sigma_i) uniform from sigma_max to sigma_min, i < N, then t = 0
 
     Args:
         num_steps: Number of steps N, at least 1.
         kind: Which grid.
-        **options: shift (3.0) of "shifted"; last_step of "uniform"; of "karras" and "log_snr":
-            schedule (required), sigma_min (0.002), sigma_max (80.0), both by default cut to what
-            the schedule reaches, and rho (7.0) of "karras".
+        **options: shift (3.0) of "shifted"; last_step of "uniform" and "quadratic"; of "karras" and
+            "log_snr": schedule (required), sigma_min (0.002), sigma_max (80.0), both by default cut
+            to what the schedule reaches, and rho (7.0) of "karras".
 
     Raises:
         InputError: If the kind is unknown, an option is missing, out of range or without effect.
@@ -70,8 +72,8 @@ def time_grid(num_steps: int, kind: GridKind = "uniform", **options: Any) -> Ten
         raise InputError(f"time grid: num_steps={num_steps}: give at least 1")
     for name in options.keys() - _GRID_OPTIONS[kind]:
         raise InputError(f"time grid: {name} has no effect on the {kind} grid: leave it out")
-    if kind == "uniform":
-        return _uniform_grid(num_steps, **options)
+    if kind in ("uniform", "quadratic"):
+        return _power_grid(num_steps, 1 if kind == "uniform" else 2, **options)
     if kind == "shifted":
         return _shifted_grid(num_steps, **options)
     if "schedule" not in options:
@@ -80,11 +82,12 @@ def time_grid(num_steps: int, kind: GridKind = "uniform", **options: Any) -> Ten
     return _sigma_grid(num_steps, rho=rho, **options)
 
 
-def _uniform_grid(num_steps: int, last_step: float | None = None) -> Tensor:
-    last_step = 1 / num_steps if last_step is None else last_step
-    if not (0 < last_step < 1 or last_step == num_steps == 1):
+def _power_grid(num_steps: int, power: int, last_step: float | None = None) -> Tensor:
+    """The grids that are uniform in a root of t."""
+    root = 1 / num_steps if last_step is None else max(0.0, last_step) ** (1 / power)
+    if not (0 < root < 1 or root == num_steps == 1):
         raise InputError(f"time grid: last_step={last_step}: give a number between 0 and 1")
-    grid = torch.linspace(1, last_step, num_steps, dtype=torch.float64)
+    grid = torch.linspace(1, root, num_steps, dtype=torch.float64) ** power
     return torch.cat([grid, torch.zeros(1, dtype=torch.float64)])
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 from tyro.conf import Positional
 
 from stratagem.assemble import open_run
 from stratagem.cli.console import progress_bar, say
-from stratagem.programs.sample import SampleConfig, sample_run, save_samples
+from stratagem.distributed import World
+from stratagem.errors import InputError
+from stratagem.programs.sample import SampleConfig, sample_into
+from stratagem.programs.sample_files import Form
 
 __all__ = ["sample"]
 
@@ -22,24 +26,70 @@ def sample(
     out: Path,
     config: Annotated[SampleConfig, tyro.conf.arg(name="")] = SampleConfig(),  # noqa: B008
     step: int | None = None,
+    ema_std: float | None = None,
     bank: Path | None = None,
-    format: Literal["png", "npz"] = "png",  # noqa: A002
+    autoencoder: str | None = None,
+    format: Form = "png",  # noqa: A002
+    device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
     """Samples images from a run.
 
+    Killed, the same command goes on from the images that are there; a finished one is left as it
+    is. Under torchrun the processes share the images; none waits for another, and the same command
+    again makes what a process that died has left.
+
     Example: stratagem sample runs/digits --num 64 --out samples
+    Example: stratagem sample runs/digits --sampler dpm-solver-3 --steps 20 --out samples
 
     Args:
         run: The run.
         out: The folder to make.
         config: How to sample.
         step: Which checkpoint; the newest by default.
+        ema_std: Relative standard deviation of the average of the weights, such as 0.07, mixed of
+            those that the run tracked (train.ema_stds); the exponential average by default.
         bank: The memory bank, if it has moved or was edited.
+        autoencoder: Weights of the autoencoder that made the latents which the run learned from: a
+            folder, a file or a hub repository; without, the samples are latents.
         format: Numbered PNGs, or one npz in ADM's layout.
+        device: Where the network runs; auto takes a GPU where there is one.
     """
-    model = open_run(run, step=step, bank=bank)
+    world = _world(device)
+    model = open_run(run, step=step, bank=bank, autoencoder=autoencoder, ema_std=ema_std)
+    model.denoiser.to(world.device)
     with progress_bar("sample", "images") as progress:
-        samples = sample_run(model, config, progress=progress)
-    meta = {"run": str(run), "step": model.step, "sampling": dataclasses.asdict(config)}
-    save_samples(samples, out, meta, form=format)
-    say(f"{out}: {config.num} images of step {model.step:,}")
+        there = sample_into(
+            model,
+            config,
+            out,
+            form=format,
+            rank=world.rank,
+            world=world.size,
+            progress=progress,
+        )
+    if out.exists():
+        say(f"{out}: {config.num} images of step {model.step:,}")
+    else:
+        say(
+            f"process {world.rank} is done, {there:,} of {config.num:,} images are there; the last "
+            "process puts them together, or the same command again does"
+        )
+
+
+def _world(device: str) -> World:
+    """Reads what torchrun says of this process, and does not join the others: none may wait."""
+    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    given = {name: os.environ.get(name, default) for name, default in names.items()}
+    if not all(text.isdigit() for text in given.values()):
+        raise InputError(f"{given} are no numbers: start several processes with torchrun")
+    rank, size, local = map(int, given.values())
+    if rank >= size:
+        raise InputError(f"RANK is {rank} of {size} processes: start them with torchrun")
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return World(rank, size)
+    if local >= torch.cuda.device_count():
+        raise InputError(
+            f"--device {device} needs GPU {local}, torch sees {torch.cuda.device_count()}: start "
+            "fewer processes, or give --device cpu"
+        )
+    return World(rank, size, torch.device("cuda", local))

@@ -3,86 +3,60 @@
     x_T ~ N(0, I)  ->  solver over `steps` intervals  ->  uint8 images
 
 Image j is a function of the run, the settings and (seed, j): neither the batch size nor how many
-are made changes it, but for the rounding of sums. For a run with memory the artifact says which
-snippet made which image.
+are made nor by how many processes changes it, but for the rounding of sums. For a run with memory
+the artifact says which snippet made which image.
+
+`sample_into` survives being killed, and shares the work among processes that never wait for each
+other:
+
+    OUT.part/plan-R.json          what process R makes; two that differ are refused
+    OUT.part/A-B.safetensors      images A to B - 1, each file whole or not there
+    OUT                           put together by whoever finds every image there
+
+Process R of W makes the images from R N / W on, in batches, less those already there. So the same
+command, by any number of processes and with any batch size, goes on from what is there; if one
+process dies the others finish their shares and end, and the next call makes what is missing.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import fcntl
+import hashlib
 import logging
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from stratagem import artifact, randomness
 from stratagem.assemble import Model
-from stratagem.data.images import to_uint8
 from stratagem.denoiser import Predictor
 from stratagem.errors import InputError
-from stratagem.grid import time_grid
 from stratagem.guidance import ClassifierFree, Interval
 from stratagem.programs import Progress, silent
-from stratagem.programs.snippets import Choice, SnippetPolicy, choose
-from stratagem.sampler import (
-    DDIM,
-    DPMSolver2M,
-    Euler,
-    EulerMaruyama,
-    Heun,
-    Sampler,
-    StochasticHeun,
-    sample,
-)
-from stratagem.schedule import EDM, NoiseSchedule
+from stratagem.programs.sample_files import KIND, Form, load_images, write_samples
+from stratagem.programs.snippets import Choice, choose
+from stratagem.programs.solvers import SampleConfig, SamplerName, make_solver
+from stratagem.sampler import sample
 
-__all__ = ["SampleConfig", "Samples", "load_images", "make_solver", "sample_run", "save_samples"]
+__all__ = [
+    "SampleConfig",
+    "SamplerName",
+    "Samples",
+    "load_images",
+    "make_solver",
+    "sample_into",
+    "sample_run",
+    "save_samples",
+]
 
 log = logging.getLogger(__name__)
-KIND = "samples"
-
-
-SamplerName = Literal["euler", "ddim", "heun", "dpm++2m", "euler-maruyama", "heun-sde"]
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """How to sample.
-
-    Attributes:
-        num: How many images.
-        seed: Seed of noise and snippets.
-        sampler: The solver; euler-maruyama and heun-sde draw noise on the way, with w(t) = sigma_t.
-        steps: Intervals of the time grid.
-        shift: Above 1 puts more steps near the noise; LightningDiT's and GMem's k is 1 / k here.
-        last_step: Size of the last step, to no noise; 0 for one as long as the others.
-        guidance: Strength of classifier-free guidance; 1 for none.
-        guide_from: Smallest guided time.
-        guide_to: Largest guided time; GMem's interval start s is 1 - s here.
-        snippets: Which rows of the bank, see `programs.snippets`; only for a run with memory.
-        like: An image or a folder of them, for snippets near.
-        label: The class: of the snippets with "label", or of a run conditioned on classes.
-        batch_size: Images sampled at once.
-    """
-
-    num: int = 64
-    seed: int = 0
-    sampler: SamplerName = "heun"
-    steps: int = 50
-    shift: float = 1.0
-    last_step: float = 0.0
-    guidance: float = 1.0
-    guide_from: float = 0.0
-    guide_to: float = 1.0
-    snippets: SnippetPolicy = "train"
-    like: str | None = None
-    label: int | None = None
-    batch_size: int = 256
+_PART, _PLAN = "samples-part", "samples-plan"
 
 
 @dataclass(frozen=True)
@@ -100,129 +74,231 @@ class Samples:
     labels: Tensor | None
 
 
+class _Work:
+    """What all images of a run have in common, made once."""
+
+    def __init__(self, model: Model, cfg: SampleConfig) -> None:
+        _check(model, cfg)
+        self.model, self.cfg = model, cfg
+        self.snippets = self.labels = None
+        if model.bank is not None:
+            self.snippets = choose(
+                model.bank,
+                cfg.num,
+                cfg.snippets,
+                seed=cfg.seed,
+                label=cfg.label,
+                like=cfg.like,
+                weights=cfg.like_weights,
+                noise=lambda rows: _start_noise(cfg, rows, model.shape),
+            )
+        if model.num_classes:
+            self.labels = _labels(cfg, model.num_classes)
+        self._solver, self._times = make_solver(cfg, model.denoiser.schedule)
+        self._sigma = float(model.denoiser.schedule.sigma(self._times[0]))
+        self._predictor = _guided(model, cfg)
+        self._device = next(model.denoiser.parameters()).device
+
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """What made which image, JSON-able."""
+        return _made_from(self.snippets, self.labels)
+
+    def batches(self, rows: slice) -> Iterator[Tensor]:
+        """Makes some images, in order; uint8 or latents, each (B, C, H, W), on the CPU."""
+        for start in range(rows.start, rows.stop, self.cfg.batch_size):
+            yield self._batch(slice(start, min(start + self.cfg.batch_size, rows.stop)))
+
+    def _batch(self, rows: slice) -> Tensor:
+        model, condition = self.model, dict[str, Any]()
+        if model.bank is not None and self.snippets is not None:
+            condition["memory"] = self.snippets.memory(model.bank, rows).to(self._device)
+        if self.labels is not None:
+            condition["label"] = self.labels[rows].to(self._device)
+        x_T = self._sigma * _start_noise(self.cfg, rows, model.shape).to(self._device)
+        seeds = _seeds(self.cfg, rows)
+        x = sample(self._predictor, self._solver, x_T, self._times, seeds=seeds, **condition)
+        return model.finish(x).cpu()
+
+
 def sample_run(model: Model, cfg: SampleConfig, *, progress: Progress = silent) -> Samples:
-    """Samples images from a trained run.
+    """Samples images from a trained run, on the device of its network.
 
     Raises:
         InputError: If a setting is impossible or does not go with the run.
     """
-    _check(model, cfg)
-    snippets = labels = None
-    if model.bank is not None:
-        snippets = choose(
-            model.bank,
-            cfg.num,
-            cfg.snippets,
-            seed=cfg.seed,
-            label=cfg.label,
-            like=cfg.like,
-            noise=lambda rows: _start_noise(cfg, rows, model.shape),
-        )
-    if model.num_classes:
-        labels = _labels(cfg, model.num_classes)
-    solver, times = make_solver(cfg, model.denoiser.schedule)
-    sigma = float(model.denoiser.schedule.sigma(times[0]))
-    predictor = _guided(model, cfg)
-    latent = model.shape[0] not in (1, 3)
-    images = torch.empty((cfg.num, *model.shape), dtype=torch.float32 if latent else torch.uint8)
-    for start in range(0, cfg.num, cfg.batch_size):
-        rows = slice(start, min(start + cfg.batch_size, cfg.num))
-        condition: dict[str, Any] = {}
-        if model.bank is not None and snippets is not None:
-            condition["memory"] = snippets.memory(model.bank, rows)
-        if labels is not None:
-            condition["label"] = labels[rows]
-        x_T = sigma * _start_noise(cfg, rows, model.shape)
-        x = sample(predictor, solver, x_T, times, seeds=_seeds(cfg, rows), **condition)
-        images[rows] = x if latent else to_uint8(x)
-        progress(rows.stop, cfg.num)
-    return Samples(images, snippets, labels)
+    work, parts, done = _Work(model, cfg), list[Tensor](), 0
+    for images in work.batches(slice(0, cfg.num)):
+        parts.append(images)
+        progress(done := done + len(images), cfg.num)
+    return Samples(torch.cat(parts), work.snippets, work.labels)
 
 
-def save_samples(
-    samples: Samples, out: Path, meta: dict[str, Any], *, form: Literal["png", "npz"] = "png"
-) -> None:
+def save_samples(samples: Samples, out: Path, meta: dict[str, Any], *, form: Form = "png") -> None:
     """Writes samples as numbered PNGs, or as one npz in ADM's layout (arr_0, uint8, N x H x W x 3).
-
-    Latents, which only their autoencoder can make images of, go to latents.safetensors.
 
     Raises:
         InputError: If `out` exists.
     """
-    with artifact.write_folder(out, KIND, meta) as folder:
-        pictures = samples.images.permute(0, 2, 3, 1).numpy()
-        if samples.images.is_floating_point():
-            artifact.write_tensor_file(folder / "latents.safetensors", {"latents": samples.images})
-        elif form == "npz":
-            np.savez(folder / "samples.npz", arr_0=np.repeat(pictures, 3 // pictures.shape[-1], -1))
-        else:
-            for number, picture in enumerate(pictures):
-                flat = picture[..., 0] if picture.shape[-1] == 1 else picture
-                Image.fromarray(flat).save(folder / f"{number:06d}.png")
-        made = {
-            "snippets": samples.snippets.record() if samples.snippets is not None else None,
-            "labels": samples.labels.tolist() if samples.labels is not None else None,
-        }
-        (folder / "made_from.json").write_text(json.dumps(made))
+    made = _made_from(samples.snippets, samples.labels)
+    write_samples(out, [samples.images], tuple(samples.images.shape), made, meta, form)
 
 
-def load_images(path: Path, channels: int) -> Tensor:
-    """Reads the images of a samples artifact, a folder of PNGs or an ADM npz, uint8 (N, C, H, W).
+def sample_into(
+    model: Model,
+    cfg: SampleConfig,
+    out: Path,
+    *,
+    form: Form = "png",
+    rank: int = 0,
+    world: int = 1,
+    progress: Progress = silent,
+) -> int:
+    """Samples images from a run into a folder; after a stop, the same call goes on.
 
     Args:
-        path: Folder or npz file.
-        channels: 1 or 3, those of the images to compare with.
+        model: The run.
+        cfg: How to sample.
+        out: The folder to make.
+        form: Of images.
+        rank: Which of the processes this is.
+        world: How many processes share the work.
+        progress: Called while sampling, with the images of this process.
+
+    Returns:
+        How many images are there. Once all are, `out` exists, unless another process is just
+        putting it together.
 
     Raises:
-        InputError: If there are no images, or of several sizes.
+        InputError: If a setting is impossible, or `out` or an unfinished call was made with others.
+        DamagedArtifact: If a file of an unfinished call was altered.
     """
-    if path.is_dir() and (path / artifact.MANIFEST).is_file():
-        artifact.read_folder(path, KIND)
-    files = [path] if path.suffix == ".npz" else sorted(path.glob("*.npz"))
-    if files:
-        return _from_npz(files[0], channels)
-    names = sorted(path.glob("*.png"))
-    if not names:
-        raise InputError(f"{path} holds no samples: expected PNG files or an npz with arr_0")
-    mode = "L" if channels == 1 else "RGB"
-    arrays = [np.array(Image.open(name).convert(mode)) for name in names]
-    if len({a.shape for a in arrays}) > 1:
-        raise InputError(f"the images in {path} have several sizes: use images of one size")
-    stack = torch.from_numpy(np.stack(arrays))
-    return stack[:, None] if channels == 1 else stack.permute(0, 3, 1, 2).contiguous()
+    meta, folder, there = _meta(model, cfg, form), out.with_name(f"{out.name}.part"), 0
+    if not _is_done(out, meta):
+        try:
+            work = _Work(model, cfg)
+            _join(folder, rank, meta)
+            _make_share(work, folder, rank, world, progress)
+            there = _finish(work, folder, out, meta, form)
+        except FileNotFoundError:  # another process finished and took the parts away
+            if not _is_done(out, meta):
+                raise
+    if not _is_done(out, meta):
+        return there
+    shutil.rmtree(folder, ignore_errors=True)
+    return cfg.num
 
 
-def _from_npz(path: Path, channels: int) -> Tensor:
-    try:
-        pictures = np.load(path)["arr_0"]
-    except (OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path} is no npz of images with arr_0: {error}") from error
-    if pictures.ndim != 4 or pictures.dtype != np.uint8 or pictures.shape[-1] != 3:
-        raise InputError(f"{path}: arr_0 is {pictures.dtype} {pictures.shape}, not uint8 N,H,W,3")
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2)[:, :channels].contiguous()
+def _meta(model: Model, cfg: SampleConfig, form: Form) -> dict[str, Any]:
+    """Says what decides the images, for the artifact and to know an unfinished call by."""
+    sampling = dataclasses.asdict(cfg)
+    del sampling["batch_size"]
+    digest = hashlib.sha256()
+    for name, tensor in model.denoiser.state_dict().items():
+        digest.update(name.encode())
+        digest.update(artifact.raw_bytes(tensor.flatten()[:256].cpu()))  # any training moves these
+    return {
+        "run": str(model.path),
+        "step": model.step,
+        "ema_std": model.ema_std,
+        "weights": digest.hexdigest(),
+        "bank": None if model.bank is None else model.bank.fingerprint,
+        "autoencoder": model.finish.description(),
+        "format": form,
+        "sampling": sampling,
+    }
 
 
-def make_solver(cfg: SampleConfig, schedule: NoiseSchedule) -> tuple[Sampler, Tensor]:
-    """Returns the solver and its time grid: EDM's own for its schedule, else even or shifted.
+def _is_done(out: Path, meta: dict[str, Any]) -> bool:
+    """Whether these samples are there already; others in their place are an error."""
+    if not out.exists():
+        return False
+    made = None
+    if (out / artifact.MANIFEST).is_file():
+        made = artifact.read_folder(out, KIND, verify=False).meta
+    artifact.refuse_existing(out, replace=made == meta)
+    return True
 
-    Raises:
-        InputError: If the solver does not go with the schedule.
-    """
-    edm, grid = isinstance(schedule, EDM), _grid(cfg, schedule)
-    match cfg.sampler:
-        case "euler":
-            return Euler(), grid
-        case "ddim":
-            return DDIM(), grid
-        case "heun":
-            return Heun("sigma" if edm else "time"), grid
-        case "dpm++2m":
-            return DPMSolver2M(), grid
-        case "euler-maruyama" if not edm:
-            return EulerMaruyama(), grid
-        case "heun-sde" if not edm:
-            return StochasticHeun(), grid
-    raise InputError(f"--sampler {cfg.sampler} does not go with schedule edm: choose heun")
+
+def _join(folder: Path, rank: int, meta: dict[str, Any]) -> None:
+    """Enters an unfinished call, or begins one; each process leaves word of what it makes."""
+    for plan in folder.glob("plan-*.json"):
+        theirs = artifact.read_record(plan, _PLAN).meta
+        if theirs != meta:
+            ours, other = ({**m, **m["sampling"]} for m in (meta, theirs))
+            names = ", ".join(n for n in ours if n != "sampling" and ours[n] != other.get(n))
+            raise InputError(
+                f"{folder} holds unfinished samples with other settings ({names}): finish them "
+                "with the command that began them, or remove the folder"
+            )
+    artifact.write_record(folder / f"plan-{rank}.json", _PLAN, meta, replace=True)
+
+
+def _make_share(work: _Work, folder: Path, rank: int, world: int, progress: Progress) -> None:
+    """Makes what is missing of this process's images."""
+    num = work.cfg.num
+    share = slice(num * rank // world, num * (rank + 1) // world)
+    gaps = _gaps(folder, share)
+    total = share.stop - share.start
+    done = total - sum(gap.stop - gap.start for gap in gaps)
+    for gap in gaps:
+        at = gap.start
+        for images in work.batches(gap):
+            file = folder / f"{at:09d}-{at + len(images):09d}.safetensors"
+            artifact.write_tensors(file, _PART, {"images": images}, {}, replace=True)
+            at, done = at + len(images), done + len(images)
+            progress(done, total)
+
+
+def _finish(work: _Work, folder: Path, out: Path, meta: dict[str, Any], form: Form) -> int:
+    """Puts the parts together if all are there; returns how many images are."""
+    num = work.cfg.num
+    missing = sum(gap.stop - gap.start for gap in _gaps(folder, slice(0, num)))
+    if missing:
+        return num - missing
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return num
+        if not _is_done(out, meta):
+            for orphan in out.parent.glob(f".{out.name}.*.tmp"):  # of a process killed right here
+                shutil.rmtree(orphan)
+            shape = (num, *work.model.finish.shape)
+            write_samples(out, _in_order(folder), shape, work.made_from, meta, form)
+    return num
+
+
+def _parts(folder: Path) -> list[tuple[int, int, Path]]:
+    """Lists the parts that are there: first image, last one + 1, file; in order."""
+    files = ((file.stem.partition("-"), file) for file in folder.glob("*-*.safetensors"))
+    return sorted((int(first), int(end), file) for (first, _, end), file in files)
+
+
+def _gaps(folder: Path, rows: slice) -> list[slice]:
+    """Returns which of some images are not there yet."""
+    gaps, at = [], rows.start
+    for first, end, _ in _parts(folder):
+        gaps.append(slice(at, min(first, rows.stop)))
+        at = max(at, end)
+    gaps.append(slice(at, rows.stop))
+    return [gap for gap in gaps if gap.start < gap.stop]
+
+
+def _in_order(folder: Path) -> Iterator[Tensor]:
+    """Yields all images, each once; calls by other numbers of processes may overlap."""
+    at = 0
+    for first, end, file in _parts(folder):
+        if end > at:
+            yield artifact.read_tensors(file, _PART)[0]["images"][at - first :]
+            at = end
+
+
+def _made_from(snippets: Choice | None, labels: Tensor | None) -> dict[str, Any]:
+    return {
+        "snippets": None if snippets is None else snippets.record(),
+        "labels": None if labels is None else labels.tolist(),
+    }
 
 
 def _seeds(cfg: SampleConfig, rows: slice) -> list[int]:
@@ -232,18 +308,6 @@ def _seeds(cfg: SampleConfig, rows: slice) -> list[int]:
 
 def _start_noise(cfg: SampleConfig, rows: slice, shape: tuple[int, int, int]) -> Tensor:
     return randomness.normal_rows(_seeds(cfg, rows), shape, "start")
-
-
-def _grid(cfg: SampleConfig, schedule: NoiseSchedule) -> Tensor:
-    if isinstance(schedule, EDM):
-        if cfg.shift != 1 or cfg.last_step:
-            raise InputError("--shift and --last-step have no effect on schedule edm's own grid")
-        return time_grid(cfg.steps, "karras", schedule=schedule)
-    if cfg.shift != 1 and cfg.last_step:
-        raise InputError("--shift and --last-step do not go together: give one")
-    if cfg.shift != 1:
-        return time_grid(cfg.steps, "shifted", shift=cfg.shift)
-    return time_grid(cfg.steps, last_step=cfg.last_step) if cfg.last_step else time_grid(cfg.steps)
 
 
 def _guided(model: Model, cfg: SampleConfig) -> Predictor:
@@ -273,7 +337,8 @@ def _labels(cfg: SampleConfig, num_classes: int) -> Tensor:
 def _check(model: Model, cfg: SampleConfig) -> None:
     if cfg.num < 1 or cfg.steps < 1 or cfg.batch_size < 1:
         raise InputError("--num, --steps and --batch-size must be at least 1")
-    if model.bank is None and (cfg.snippets != "train" or cfg.like is not None):
+    near = cfg.like is not None or cfg.like_weights is not None
+    if model.bank is None and (cfg.snippets != "train" or near):
         raise InputError("--snippets has no effect: this run was trained without memory")
     if cfg.label is not None and model.bank is None and not model.num_classes:
         raise InputError("--label has no effect: this run knows no classes")
