@@ -33,17 +33,9 @@ from stratagem.memory.bank import MemoryBank
 from stratagem.memory.store import hold
 from stratagem.programs.train import fastest_threads, train
 from stratagem.stages import Stages
-from stratagem.train import (
-    Hook,
-    Interrupted,
-    StopFlag,
-    TrainConfig,
-    TrainState,
-    fit,
-    learning_rate,
-    stop_on_signals,
-    train_step,
-)
+from stratagem.stopping import Interrupted, StopFlag, stop_on_signals
+from stratagem.train import Hook, TrainState, fit, train_step
+from stratagem.train_config import TrainConfig, learning_rate
 
 
 def bank_of(blobs: DataSet, encoder: dict[str, str]) -> MemoryBank:
@@ -93,7 +85,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def metrics(run: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+    measured = {"images_per_second", "peak_memory_mib"}
+    return [{k: v for k, v in line.items() if k not in measured} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +205,7 @@ def test_not_finite_stops_before_the_weights_move(config: RunConfig) -> None:
         with pytest.raises(NonFinite, match="step 1") as error:
             train_step(state, bad, config.train)
         assert error.value.exit_code == 4
-        state.optimizer.zero_grad()
+        state.optimizers[0].zero_grad()
     assert same(before, final_of(state))
 
 
@@ -224,7 +217,8 @@ def final_of(state: TrainState) -> dict[str, torch.Tensor]:
 def test_unused_decoders_stand_still(config: RunConfig) -> None:
     parts = assemble(config)
     state = TrainState(parts.objective, config.train)
-    batch = parts.batches(0)._replace(t=torch.full((12,), 0.01))  # all in stage 0
+    first = (12, 0, 0)  # all in stage 0
+    batch = parts.batches(0)._replace(t=torch.full((12,), 0.01), counts=first, stage=first)
     before = {n: p.detach().clone() for n, p in state.objective.named_parameters()}
     train_step(state, batch, config.train)
     moved = {n for n, p in state.objective.named_parameters() if not torch.equal(p, before[n])}

@@ -7,81 +7,49 @@ checkpoint holds completely. So "stop, then run the same command again" ends whe
 run ends, bit for bit on a CPU.
 
     loss = mean denoise + cosine_weight mean cosine + align_weight mean align
+
+Means are over the whole batch, w_i loss_i / B summed over passes and processes, so neither the
+number of processes nor gradient accumulation changes a step by more than the rounding of its sums.
+The loop does not wait for the device: it reads what the device says when a line is logged or a
+checkpoint written, and whether a step was finite one step later.
 """
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from types import FrameType
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.utils.checkpoint import checkpoint
 
+from stratagem import randomness
 from stratagem.batches import Batch
 from stratagem.checkpoint import Checkpoint
+from stratagem.distributed import World, fill, full, like, wrap
 from stratagem.ema import Ema
-from stratagem.errors import NonFinite, StratagemError
-from stratagem.objective import Objective
+from stratagem.errors import DamagedArtifact, NonFinite
+from stratagem.nets.multi_decoder import MultiDecoder
+from stratagem.nets.warm_start import origins
+from stratagem.objective import Losses, Objective
+from stratagem.optimizers import blocks_of, make_optimizers
+from stratagem.prefetch import Prefetch, to_device
+from stratagem.stage_draw import StageDraw, stage_sums
+from stratagem.stopping import Finite, Interrupted, StopFlag
+from stratagem.train_config import TrainConfig, learning_rate
 
 __all__ = [
     "Hook",
-    "Interrupted",
-    "StopFlag",
     "TrainConfig",
     "TrainState",
     "fit",
     "learning_rate",
-    "stop_on_signals",
+    "prepare_blocks",
     "train_step",
 ]
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How long, how fast and how often.
-
-    Attributes:
-        steps: Optimizer steps of the whole run.
-        batch_size: Images per step.
-        learning_rate: Peak learning rate of AdamW.
-        schedule: "constant", or "cosine" down to zero over the run.
-        warmup_steps: Steps of linear warm-up.
-        beta1: First moment's decay.
-        beta2: Second moment's decay.
-        weight_decay: Decoupled weight decay.
-        grad_clip: Largest norm of the gradient.
-        ema_decay: Decay of the averaged weights.
-        cosine_weight: Weight of the loss on the velocities' angle; 0 leaves it out.
-        align_weight: Weight of the alignment, where the configuration has one.
-        condition_dropout: Rate at which an image's conditions (snippet and class) are dropped
-            whole, so that the network also learns to do without: guidance needs it.
-        checkpoint_every: Steps between checkpoints.
-        keep_checkpoints: How many of them stay; 0 keeps all.
-        log_every: Steps between lines of metrics.jsonl.
-        threads: CPU threads; 0 measures which number is fastest here.
-    """
-
-    steps: int = 10_000
-    batch_size: int = 128
-    learning_rate: float = 2e-4
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = 0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
-    ema_decay: float = 0.9999
-    cosine_weight: float = 0.0
-    align_weight: float = 0.5
-    condition_dropout: float = 0.0
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 3
-    log_every: int = 50
-    threads: int = 0
 
 
 class TrainState:
@@ -90,96 +58,247 @@ class TrainState:
     Args:
         objective: Losses of the denoiser in training.
         cfg: Optimizer and EMA settings.
+        stages: How batches draw their stages; it holds the history of their losses, if that
+            matters, and says when a warm start ends.
+        world: The processes that train together; the objective moves to this one's device.
+        seed: The run's, for what the network draws itself.
     """
 
-    def __init__(self, objective: Objective, cfg: TrainConfig) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        cfg: TrainConfig,
+        stages: StageDraw | None = None,
+        *,
+        world: World | None = None,
+        seed: int = 0,
+    ) -> None:
         self.objective = objective
-        self.ema = Ema(objective.denoiser.backbone, cfg.ema_decay)
-        self.optimizer = torch.optim.AdamW(
-            objective.parameters(),
-            lr=cfg.learning_rate,
+        self.stages = stages
+        self.world = world = world or World()
+        self.seed = seed
+        objective.to(world.device)
+        backbone, blocks = objective.denoiser.backbone, blocks_of(objective)
+        if isinstance(backbone, MultiDecoder):
+            backbone.run_all = world.size > 1
+        prepare_blocks(blocks, cfg)
+        self.wrapped = wrap(objective, blocks, world, cfg.parallel)
+        self.ema = Ema(backbone, cfg.ema_decay, cfg.ema_stds)
+        self.optimizers = make_optimizers(
+            objective,
+            cfg.optimizer,
+            learning_rate=cfg.learning_rate,
             betas=(cfg.beta1, cfg.beta2),
             weight_decay=cfg.weight_decay,
-            fused=True,
         )
+        self._owners = {
+            parameter: optimizer
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        limit = cfg.nonfinite_limit if cfg.nonfinite == "skip" else 1
+        self.finite = Finite(limit, world.device)
         self.step = 0
-        self.sums: dict[str, float] = {}  # of the metrics since the last line of the log
+        self.sums: dict[str, Tensor] = {}  # of the metrics since the last line of the log
+
+    def moments(self, parameter: Tensor) -> dict[str, Any]:
+        """Returns what the optimizer keeps of a parameter; empty before its first step."""
+        return self._owners[parameter].state[parameter]
+
+    @torch.no_grad()
+    def require_finite(self) -> None:
+        """Raises NonFinite if a weight or an average is not finite: that must not be saved."""
+        groups: list[list[Tensor]] = [list(a.values()) for a in self.ema.groups.values()]
+        for tensors in (*groups, list[Tensor](self.objective.parameters())):
+            if not torch.isfinite(full(nn.utils.get_total_norm(tensors))):
+                raise NonFinite(
+                    f"weights or averages are not finite at step {self.step}: no checkpoint is "
+                    "written, the one before is intact"
+                )
 
     def checkpoint(self) -> Checkpoint:
         """Returns a copy-free view of everything, to be written at once."""
         moments = {
             f"moments.{name}.{key}": value
             for name, parameter in self.objective.named_parameters()
-            for key, value in self.optimizer.state.get(parameter, {}).items()
+            for key, value in self.moments(parameter).items()
         }
         head = self.objective.head.state_dict() if self.objective.head is not None else {}
         training = {**moments, **{f"head.{name}": value for name, value in head.items()}}
         model = self.objective.denoiser.backbone.state_dict()
-        tensors = {"model": model, "ema": self.ema.state_dict(), "training": training}
-        state = {"step": self.step, "sums": self.sums, "threads": torch.get_num_threads()}
+        tensors = {"model": model, **self.ema.state_dict(), "training": training}
+        state = {
+            "step": self.step,
+            "sums": {name: float(value) for name, value in self.sums.items()},
+            "nonfinite": int(self.finite.row),
+            "threads": torch.get_num_threads(),
+        }
+        if self.stages is not None and self.stages.history is not None:
+            training["history.sums"], state["history"] = self.stages.history.state()
         return Checkpoint(self.step, tensors, state)
 
     def restore(self, saved: Checkpoint) -> None:
         """Takes over a checkpoint of the same configuration."""
-        self.objective.denoiser.backbone.load_state_dict(saved.tensors["model"])
-        self.ema.load_state_dict(dict(saved.tensors["ema"]))
+        _fill_all(self.objective.denoiser.backbone.state_dict(), saved.tensors["model"])
+        self.ema.load_state_dict(saved.tensors)
         parameters = dict(self.objective.named_parameters())
         for name, value in saved.tensors["training"].items():
             kind, rest = name.split(".", 1)
             if kind == "moments":
                 parameter, key = rest.rsplit(".", 1)
-                self.optimizer.state[parameters[parameter]][key] = value
+                target = parameters[parameter]
+                self.moments(target)[key] = like(value, target.detach())
+            elif kind == "history":
+                assert self.stages is not None
+                assert self.stages.history is not None
+                self.stages.history.restore(value, saved.state["history"])
             else:
-                self.objective.get_parameter(name).data.copy_(value)
+                fill(parameters[name], value)
         self.step = saved.step
-        self.sums = dict(saved.state["sums"])
+        device, sums = self.world.device, saved.state["sums"].items()
+        self.sums = {k: torch.tensor(v, dtype=torch.float64, device=device) for k, v in sums}
+        self.finite.row.fill_(saved.state.get("nonfinite", 0))
 
-
-def learning_rate(step: int, cfg: TrainConfig) -> float:
-    """Returns the learning rate of optimizer step `step`, counted from 0.
-
-    Example:
-        >>> cfg = TrainConfig(steps=100, learning_rate=1.0, warmup_steps=10, schedule="cosine")
-        >>> [round(learning_rate(s, cfg), 3) for s in (0, 9, 10, 55, 100)]
-        [0.1, 1.0, 1.0, 0.5, 0.0]
-    """
-    if step < cfg.warmup_steps:
-        return cfg.learning_rate * (step + 1) / cfg.warmup_steps
-    if cfg.schedule == "constant":
-        return cfg.learning_rate
-    done = (step - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
-    return cfg.learning_rate * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * done))))
+    @torch.no_grad()
+    def part_decoders(self, trained: int) -> None:
+        """Ends a warm start: the trained decoder becomes all of them, see `nets.warm_start`."""
+        backbone = self.objective.denoiser.backbone
+        assert isinstance(backbone, MultiDecoder)
+        weights: dict[str, Tensor] = dict(backbone.named_parameters())
+        prefix = f"decoders.{trained}."
+        groups = [weights, *self.ema.groups.values()]
+        sources = [
+            {name: full(tensor) for name, tensor in tensors.items() if name.startswith(prefix)}
+            for tensors in groups
+        ]
+        for name, origin in origins(backbone, trained).items():
+            for tensors, whole in zip(groups, sources, strict=True):
+                fill(tensors[name], origin.make(whole))
+            if origin.copied is not None:
+                moments = self.moments(weights[origin.copied])
+                copy = {key: value.clone() for key, value in moments.items()}
+                self.moments(weights[name]).update(copy)
 
 
 def train_step(state: TrainState, batch: Batch, cfg: TrainConfig) -> dict[str, Tensor]:
-    """Makes one optimizer step and returns the metrics of the batch, 0-dim tensors.
+    """Makes one optimizer step and returns the metrics of the whole batch, 0-dim tensors.
+
+    Args:
+        state: Changed in place.
+        batch: This process's rows, on its device.
+        cfg: How to train.
 
     Raises:
-        NonFinite: If a loss or the gradient is; weights, moments and EMA have then not moved.
+        NonFinite: If a loss or the gradient is not finite, and such a step is not to be skipped
+            or was one of too many; weights and moments have then not moved.
     """
-    losses = state.objective(batch.x, batch.eps, batch.t, **batch.condition)
-    metrics = {"loss": losses.denoise.mean()}
-    total = metrics["loss"]
-    if losses.cosine is not None:
-        metrics["cosine"] = losses.cosine.mean()
-        total = total + cfg.cosine_weight * metrics["cosine"]
-    if losses.align is not None:
-        metrics["align"] = losses.align.mean()
-        total = total + cfg.align_weight * metrics["align"]
-    total.backward()
-    norm = nn.utils.clip_grad_norm_(state.objective.parameters(), cfg.grad_clip)
-    if not torch.isfinite(total.detach() + norm):
-        raise NonFinite(
-            f"loss {float(total.detach()):.4g} or gradient {float(norm):.4g} is not finite at step "
-            f"{state.step}, images {batch.ids[:8].tolist()}...: lower train.learning_rate"
-        )
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(state.step, cfg)
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)  # a decoder unused next time then stands still
+    metrics, sums = _gradients(state, batch, cfg)
+    norm = full(nn.utils.clip_grad_norm_(state.objective.parameters(), cfg.grad_clip))
+    metrics = {**metrics, "grad_norm": norm}
+    skip = state.finite.judge(state.step, batch.ids, metrics.pop("total"), norm)
+    rate = learning_rate(state.step, cfg)
+    for optimizer in state.optimizers:
+        _update(optimizer, rate, skip, on_device=state.finite.lag > 0)
+        optimizer.zero_grad(set_to_none=True)  # a decoder unused next time then stands still
     state.step += 1
     state.ema.update(state.step)
-    return {**{name: value.detach() for name, value in metrics.items()}, "grad_norm": norm}
+    if state.stages is not None and batch.counts is not None:
+        if state.stages.history is not None:
+            sums = torch.where(skip, 0, sums)
+            state.stages.history.note(state.step - 1, sums, batch.whole or batch.counts)
+        if state.step == state.stages.warm_steps:
+            state.part_decoders(state.stages.warm_decoder)
+    if cfg.nonfinite == "skip":
+        metrics = {name: torch.where(skip, 0, value) for name, value in metrics.items()}
+        metrics["skipped"] = skip
+    return metrics
+
+
+def _gradients(
+    state: TrainState, batch: Batch, cfg: TrainConfig
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Adds up the gradients of all passes; returns the metrics, and each stage's sum of losses."""
+    world, passes = state.world, []
+    for index in range(cfg.accumulate):
+        part = batch if cfg.accumulate == 1 else batch.part(index, cfg.accumulate)
+        holding = state.wrapped.holding if index + 1 < cfg.accumulate else nullcontext
+        counters = (state.step, world.rank, index)
+        draw = randomness.generator(state.seed, "network", *counters)
+        torch.manual_seed(int(draw.integers(2**63)))  # of dropout inside the network
+        with holding():
+            losses = _losses(state, part, cfg)
+            metrics = _shares(losses, part, cfg)
+            (metrics["total"] * world.size).backward()  # for processes average their gradients
+        sums = stage_sums(losses.denoise, part.counts) if part.counts else torch.zeros(0)
+        shares = torch.stack([value.detach() for value in metrics.values()])
+        passes.append(torch.cat([shares, sums.to(shares)]))
+    for parameter in _idle_parameters(state, batch):
+        parameter.grad = None
+    values = world.sum(torch.stack(passes).sum(0) if len(passes) > 1 else passes[0])
+    return dict(zip(metrics, values, strict=False)), values[len(metrics) :]
+
+
+def _losses(state: TrainState, part: Batch, cfg: TrainConfig) -> Losses:
+    bf16 = cfg.precision == "bf16"
+    with torch.autocast(state.world.device.type, torch.bfloat16, enabled=bf16):
+        return state.wrapped.call(part.x, part.eps, part.t, stage=part.stage, **part.condition)
+
+
+def _shares(losses: Losses, part: Batch, cfg: TrainConfig) -> dict[str, Tensor]:
+    """Returns what these rows add to the means over the whole batch, and to what is minimised."""
+
+    def share(losses: Tensor) -> Tensor:
+        return (losses if part.weight is None else losses * part.weight).sum() / part.size
+
+    metrics = {"loss": share(losses.denoise)}
+    total = metrics["loss"]
+    if losses.cosine is not None:
+        metrics["cosine"] = share(losses.cosine)
+        total = total + cfg.cosine_weight * metrics["cosine"]
+    if losses.align is not None:
+        metrics["align"] = share(losses.align)
+        total = total + cfg.align_weight * metrics["align"]
+    return {**metrics, "total": total}
+
+
+def _idle_parameters(state: TrainState, batch: Batch) -> list[nn.Parameter]:
+    """Parameters of decoders that had no rows on any process, but ran to exchange gradients."""
+    backbone, counts = state.objective.denoiser.backbone, batch.whole or batch.counts
+    if not isinstance(backbone, MultiDecoder) or not backbone.run_all or counts is None:
+        return []
+    if isinstance(batch.stage, int):
+        counts = tuple(int(k == batch.stage) for k in range(backbone.num_stages))
+    decoders = zip(backbone.decoders, counts, strict=False)
+    return [p for decoder, rows in decoders if not rows for p in decoder.parameters()]
+
+
+def _update(optimizer: Optimizer, rate: float, skip: Tensor, *, on_device: bool) -> None:
+    """Moves the weights, unless the step is to be skipped."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    if on_device and isinstance(optimizer, AdamW):
+        optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # the kernel looks at it
+        optimizer.step()
+    elif not skip:  # waits for the device: with Muon, whose matrix products hide it
+        optimizer.step()
+
+
+def prepare_blocks(blocks: Sequence[nn.Module], cfg: TrainConfig) -> None:
+    """Changes how blocks run, and none of their names."""
+    for block in blocks:
+        if cfg.activation_checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if cfg.compile:
+            block.forward = torch.compile(block.forward)
+
+
+def _fill_all(targets: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    if targets.keys() != saved.keys():
+        name = min(targets.keys() ^ saved.keys())
+        raise DamagedArtifact(f"the checkpoint is of another network: they differ in {name}")
+    for name, target in targets.items():
+        fill(target, saved[name])
 
 
 class Hook(NamedTuple):
@@ -192,40 +311,6 @@ class Hook(NamedTuple):
 
     every: int
     call: Callable[[TrainState], None]
-
-
-class Interrupted(StratagemError):
-    """A signal ended the run after a checkpoint; the exit code is 128 + its number."""
-
-    def __init__(self, number: int, step: int) -> None:
-        super().__init__(f"stopped at step {step}; the same command goes on from there")
-        self.exit_code = 128 + number
-
-
-@dataclass
-class StopFlag:
-    """Set by a signal, looked at between two steps."""
-
-    number: int = 0
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[StopFlag]:
-    """Yields a flag that the first SIGINT, SIGTERM or SIGUSR1 sets; the second one acts at once."""
-    flag = StopFlag()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-    def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        flag.number = number
-        for n, handler in before.items():
-            signal.signal(n, handler)
-
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield flag
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def fit(
@@ -241,25 +326,34 @@ def fit(
 
     Args:
         state: Where training stands; changed in place.
-        batches: The batch of each step.
+        batches: The batch of each step, or this process's rows of it.
         cfg: How to train.
         hooks: What to do in between.
         save: Writes a checkpoint: every `cfg.checkpoint_every` steps, at the end, on a stop.
-        stop: Ends the loop after the current step.
+        stop: Ends the loop after the current step, if it is set on any process.
 
     Raises:
         Interrupted: After a stop, with a checkpoint written.
         NonFinite: From `train_step`.
     """
-    while state.step < cfg.steps:
-        metrics = train_step(state, batches(state.step), cfg)
-        for name, value in metrics.items():
-            state.sums[name] = state.sums.get(name, 0.0) + float(value)
-        last = state.step == cfg.steps
-        for hook in hooks:
-            if last or state.step % hook.every == 0:
-                hook.call(state)
-        if last or stop.number or state.step % cfg.checkpoint_every == 0:
-            save(state)
-        if stop.number and not last:
-            raise Interrupted(stop.number, state.step)
+    device = state.world.device
+    pin = device.type == "cuda"
+    with (
+        torch.random.fork_rng([device] if pin else []),
+        Prefetch(batches, state.step, cfg.steps, pin=pin) as made,
+    ):
+        while state.step < cfg.steps:
+            metrics = train_step(state, to_device(made.take(), device), cfg)
+            for name, value in metrics.items():
+                state.sums[name] = state.sums.get(name, 0) + value.double()
+            last = state.step == cfg.steps
+            for hook in hooks:
+                if last or state.step % hook.every == 0:
+                    hook.call(state)
+            stopped = state.world.largest(stop.number)
+            if last or stopped or state.step % cfg.checkpoint_every == 0:
+                state.finite.settle()
+                state.require_finite()
+                save(state)
+            if stopped and not last:
+                raise Interrupted(stopped, state.step)

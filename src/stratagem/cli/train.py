@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json as json_module
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +12,10 @@ from tyro.conf import Positional, UseAppendAction
 
 from stratagem.cli.console import progress_bar, say
 from stratagem.config import load
+from stratagem.distributed import rank
+from stratagem.errors import InputError
+from stratagem.programs import silent
+from stratagem.programs.plan import plan, tailored
 from stratagem.programs.train import train as train_run
 
 __all__ = ["train"]
@@ -20,17 +26,35 @@ def train(
     /,
     out: Path,
     set: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = (),  # noqa: A002
+    dry_run: bool = False,
+    json: bool = False,
 ) -> None:
     """Trains a run; the same command again goes on where it stopped.
 
     Example: stratagem train digits.yaml --out runs/digits --set train.steps=2000
+    On 4 GPUs: torchrun --nproc-per-node 4 -m stratagem train digits.yaml --out runs/digits
 
     Args:
         config: The YAML file; `stratagem.config` lists its keys.
         out: The run's folder.
         set: Overrides of the file, section.key=value.
+        dry_run: Print the resolved configuration, the choice of decoders, parameters, MACs, memory
+            and disk, and stop; nothing is written.
+        json: With --dry-run, print JSON.
     """
     resolved = load(config, set)
-    with progress_bar(f"train {out.name}", "steps") as progress:
+    if json and not dry_run:
+        raise InputError("--json has no effect without --dry-run")
+    if dry_run:
+        found = plan(resolved)
+        say(json_module.dumps(found.record(), indent=1) if json else "\n".join(found.lines()))
+        return
+    speaks = rank() == 0  # of several processes one
+    tailoring = tailored(resolved)[1] if speaks else None
+    if tailoring is not None:
+        say("\n".join(tailoring.lines()))
+    bar = progress_bar(f"train {out.name}", "steps") if speaks else nullcontext(silent)
+    with bar as progress:
         state = train_run(resolved, out, progress=progress)
-    say(f"{out}: trained to step {state.step:,}")
+    if speaks:
+        say(f"{out}: trained to step {state.step:,}")

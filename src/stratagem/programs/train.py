@@ -2,42 +2,50 @@
 
     RUN/config.yaml   the resolved configuration      RUN/metrics.jsonl   one line every log_every
     RUN/run.json      what the run is made from       RUN/checkpoints/    see `checkpoint`
+    RUN/samples/      pictures, if wanted             RUN/snapshots/      averages, if wanted
 
-The same command on the same folder continues where the newest intact checkpoint stands.
+The same command on the same folder continues where the newest intact checkpoint stands. Started by
+torchrun it runs on several processes, as many as there are: see docs/scaling.md. Process 0 holds
+the lock and writes; the others read what they need from the same folder.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import json
+import logging
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from stratagem import checkpoint
-from stratagem.artifact import read_record, write_record
+from stratagem.artifact import read_record, write_bytes, write_record
 from stratagem.assemble import Parts, assemble
 from stratagem.config import RunConfig, dump, load
+from stratagem.distributed import World, connect
 from stratagem.errors import InputError
 from stratagem.programs import Progress, silent
-from stratagem.train import (
-    Batch,
-    Hook,
-    TrainConfig,
-    TrainState,
-    fit,
-    learning_rate,
-    stop_on_signals,
-    train_step,
-)
+from stratagem.programs.plan import tailored
+from stratagem.programs.train_log import open_log
+from stratagem.programs.train_samples import SamplePictures
+from stratagem.stopping import stop_on_signals
+from stratagem.train import Batch, Hook, TrainState, fit, train_step
+from stratagem.train_config import TrainConfig
 
 __all__ = ["fastest_threads", "train"]
 
+log = logging.getLogger(__name__)
+
 # What may differ between a run and its continuation without making it another run.
-_FREE = {"steps", "checkpoint_every", "keep_checkpoints", "log_every", "threads"}
+_FREE = {
+    *("steps", "checkpoint_every", "keep_checkpoints", "keep_every", "log_every", "threads"),
+    *("accumulate", "device", "compile", "activation_checkpointing", "parallel"),
+    *("sharded_checkpoints", "nonfinite", "nonfinite_limit", "ema_snapshot_every"),
+    *("log", "samples_every", "samples_autoencoder"),
+}
 
 
 def train(config: RunConfig, out: Path, *, progress: Progress = silent) -> TrainState:
@@ -53,84 +61,119 @@ def train(config: RunConfig, out: Path, *, progress: Progress = silent) -> Train
             process trains there.
         Interrupted: After a signal, with a checkpoint written.
         NonFinite: If the loss or the gradient is not finite.
+        StratagemError: If another process failed, with its reason.
     """
-    parts = assemble(config)
-    with checkpoint.lock(out), stop_on_signals() as stop:
-        _claim(out, config, parts)
-        state = TrainState(parts.objective, config.train)
-        saved = checkpoint.load_latest(out)
-        _set_threads(state, parts, config.train, saved)
+    with connect(config.train.device) as world, ExitStack() as held:
+        with world.together():
+            config, parts = _assemble(config, world)
+        with world.together():
+            if world.rank == 0:
+                held.enter_context(checkpoint.lock(out))
+                _claim(out, config, parts)
+        stop = held.enter_context(stop_on_signals())
+        cfg = config.train
+        stages, seed, pictures = parts.batches.stages, config.seed, None
+        with world.together():
+            if cfg.samples_every:
+                pictures = SamplePictures(out, config, parts, world)
+        state = TrainState(parts.objective, cfg, stages, world=world, seed=seed)
+        saved = _latest(out, world)
+        _set_threads(state, parts, cfg, saved)
         if saved is not None:
             state.restore(saved)
-        log = MetricsLog(out / "metrics.jsonl", config.train, state.step)
-        cfg = config.train
-        progress(state.step, cfg.steps)
+        with world.together():
+            hooks = _hooks(out, state, config, pictures, progress, held)
         fit(
             state,
-            parts.batches,
+            lambda step: parts.batches(step, world.rank, world.size),
             cfg,
-            [Hook(1, lambda s: progress(s.step, cfg.steps)), Hook(cfg.log_every, log)],
-            save=lambda s: _save(out, s, cfg),
+            hooks,
+            save=lambda s: _save(out, s.checkpoint(), world, cfg, checkpoint.PLACE),
             stop=stop,
         )
     return state
 
 
-class MetricsLog:
-    """Writes one line of means every so many steps.
-
-    Args:
-        path: The file; lines past `step`, which a continued run will write again, are dropped.
-        cfg: Gives batch size and learning rate.
-        step: Where the run stands.
-    """
-
-    def __init__(self, path: Path, cfg: TrainConfig, step: int) -> None:
-        self.path = path
-        self.cfg = cfg
-        self._last = (step, time.perf_counter())
-        lines = path.read_text().splitlines() if path.is_file() else []
-        kept = [line for line in lines if (line_step := _step_of(line)) and line_step <= step]
-        path.write_text("".join(line + "\n" for line in kept))
-        self._logged = _step_of(kept[-1]) if kept else 0
-
-    def __call__(self, state: TrainState) -> None:
-        """Writes the means since the last line and empties the sums."""
-        step, now = state.step, time.perf_counter()
-        num = step - self._logged
-        if num == 0:
-            return
-        rate = (step - self._last[0]) * self.cfg.batch_size / (now - self._last[1])
-        line = {
-            "step": step,
-            "images": step * self.cfg.batch_size,
-            **{name: total / num for name, total in state.sums.items()},
-            "learning_rate": learning_rate(step - 1, self.cfg),
-            "images_per_second": round(rate, 1),
-        }
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        state.sums.clear()
-        self._logged, self._last = step, (step, now)
+def _assemble(config: RunConfig, world: World) -> tuple[RunConfig, Parts]:
+    """Returns the configuration as it is trained, and its objects."""
+    cfg = config.train
+    if cfg.batch_size < world.size * cfg.accumulate:
+        raise InputError(
+            f"train.batch_size {cfg.batch_size} cannot be split among {world.size} processes with "
+            f"{cfg.accumulate} passes each: make it larger, or train.accumulate smaller"
+        )
+    if world.device.type == "cpu" and cfg.precision == "bf16" and world.rank == 0:
+        log.warning("train.precision bf16 is slower than float32 on most CPUs")
+    config, tailoring = tailored(config)
+    parts = assemble(config)
+    if tailoring is not None:
+        parts.description["tailoring"] = tailoring.record()
+    return config, parts
 
 
-def _step_of(line: str) -> int:
-    """Returns the step of a line of the log, 0 for one that was cut off."""
-    try:
-        return int(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):
-        return 0
+def _latest(out: Path, world: World) -> checkpoint.Checkpoint | None:
+    """Reads the newest intact checkpoint: process 0 checks every sum, the others take its word."""
+    saved = None
+    with world.together():
+        if world.rank == 0:
+            saved = checkpoint.load_latest(out)
+            checkpoint.set_aside(out, after=0 if saved is None else saved.step)
+    step = world.first(None if saved is None else saved.step)
+    with world.together():
+        if step is not None and world.rank:
+            saved = checkpoint.load(out, step, verify=False)
+    return saved
 
 
-def _save(out: Path, state: TrainState, cfg: TrainConfig) -> None:
-    checkpoint.save(out, state.checkpoint(), keep_last=cfg.keep_checkpoints)
+def _hooks(
+    out: Path,
+    state: TrainState,
+    config: RunConfig,
+    pictures: SamplePictures | None,
+    progress: Progress,
+    held: ExitStack,
+) -> list[Hook]:
+    """What is done between steps: by all processes in the same order, or by process 0 alone."""
+    cfg, hooks = config.train, list[Hook]()
+    if cfg.ema_snapshot_every:
+        hooks.append(Hook(cfg.ema_snapshot_every, lambda s: _snapshot(out, s, cfg)))
+    if pictures is not None:
+        hooks.append(Hook(cfg.samples_every, pictures))
+    if state.world.rank == 0:
+        progress(state.step, cfg.steps)
+        line = held.enter_context(open_log(out, config, state.step))
+        hooks += [Hook(1, lambda s: progress(s.step, cfg.steps)), Hook(cfg.log_every, line)]
+    return hooks
+
+
+def _snapshot(out: Path, state: TrainState, cfg: TrainConfig) -> None:
+    """Keeps the power-function averages of a step; the last step is no exception."""
+    if state.step % cfg.ema_snapshot_every == 0:
+        averages = {group: a for group, a in state.ema.state_dict().items() if group != "ema"}
+        saved = checkpoint.Checkpoint(state.step, averages, {})
+        _save(out, saved, state.world, cfg, checkpoint.SNAPSHOTS)
+
+
+def _save(
+    out: Path, saved: checkpoint.Checkpoint, world: World, cfg: TrainConfig, place: str
+) -> None:
+    checkpoint.save(
+        out,
+        saved,
+        keep_last=cfg.keep_checkpoints if place == checkpoint.PLACE else 0,
+        keep_every=cfg.keep_every,
+        world=world,
+        sharded=cfg.sharded_checkpoints and world.size > 1,
+        place=place,
+    )
 
 
 def _claim(out: Path, config: RunConfig, parts: Parts) -> None:
     """Writes the run's description, or makes sure that the folder holds this very run."""
     path = out / "config.yaml"
     if path.is_file():
-        _compare(load(path), config, out)
+        old = load(path)
+        _compare(old, config, out)
         made = read_record(out / "run.json", "run").meta
         if made != parts.description:
             names = sorted(k for k in made if made[k] != parts.description.get(k))
@@ -138,14 +181,17 @@ def _claim(out: Path, config: RunConfig, parts: Parts) -> None:
                 f"{out} was made from other input ({', '.join(names)} changed): choose another "
                 "--out, or give back the files it was made from"
             )
+        if old != config:
+            write_bytes(path, dump(config).encode())
         return
-    others = [p.name for p in out.iterdir() if p.name != "run.lock"]
+    others = {p.name for p in out.iterdir()} - {"run.lock", "run.json", "stages.json"}
     if others:
-        raise InputError(f"{out} holds other files ({others[0]}, ...): choose another --out")
+        raise InputError(f"{out} holds other files ({min(others)}, ...): choose another --out")
     if parts.stages is not None:
+        (out / "stages.json").unlink(missing_ok=True)  # of a start that was killed right here
         parts.stages.save(out / "stages.json", {"data": parts.description["data"]})
-    write_record(out / "run.json", "run", parts.description)
-    path.write_text(dump(config))
+    write_record(out / "run.json", "run", parts.description, replace=True)
+    write_bytes(path, dump(config).encode())
 
 
 def _compare(old: RunConfig, new: RunConfig, out: Path) -> None:
@@ -168,9 +214,14 @@ def _compare(old: RunConfig, new: RunConfig, out: Path) -> None:
 def _set_threads(
     state: TrainState, parts: Parts, cfg: TrainConfig, saved: checkpoint.Checkpoint | None
 ) -> None:
-    """Sets the number of CPU threads; a continued run keeps its own, as sums depend on it."""
+    """Sets the number of CPU threads; a continued run keeps its own, as sums depend on it.
+
+    Where a GPU computes or cores are shared, torch's number, which torchrun sets to 1, is left.
+    """
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    elif state.world.size > 1 or state.world.device.type != "cpu" or cfg.compile:
+        return
     elif saved is not None:
         torch.set_num_threads(saved.state["threads"])
     else:
@@ -184,12 +235,14 @@ def fastest_threads(state: TrainState, batch: Batch, cfg: TrainConfig, *, rounds
     """
     most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     seconds: dict[int, float] = {}
+    cfg = dataclasses.replace(cfg, activation_checkpointing=False)  # a copy of blocks keeps it
     for threads in sorted({1, max(1, most // 2), most}):
         torch.set_num_threads(threads)
         trial = TrainState(copy.deepcopy(state.objective), cfg)
-        train_step(trial, batch, cfg)  # the first step also allocates
-        start = time.perf_counter()
-        for _ in range(rounds):
-            train_step(trial, batch, cfg)
+        with torch.random.fork_rng([]):
+            train_step(trial, batch, cfg)  # the first step also allocates
+            start = time.perf_counter()
+            for _ in range(rounds):
+                train_step(trial, batch, cfg)
         seconds[threads] = time.perf_counter() - start
     return min(seconds, key=lambda n: seconds[n])
