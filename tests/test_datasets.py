@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import shutil
+import subprocess
 import sys
-import threading
+import tarfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-from stratagem.data.datasets import digits, image_folder, prepare
-from stratagem.data.images import find_images, load_image
+from stratagem.data.arrays import pixels
+from stratagem.data.datasets import Reading, digits, open_source, prepare
+from stratagem.data.images import load_image
 from stratagem.data.shards import DataSet
+from stratagem.data.sources import Record
+from stratagem.data.workers import Form, cores, decode_all
 from stratagem.errors import InputError, MissingExtra
 
 
@@ -74,7 +81,14 @@ def test_a_folder_becomes_a_data_set(tmp_path: Path) -> None:
     assert (data.num, data.shape, data.flip, data.source) == (6, (3, 16, 16), True, "photos")
     assert data.classes == ["a", "b"]
     assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert data.names == ["a/00.png", "a/02.png", "a/04.png", "b/01.png", "b/03.png", "b/05.png"]
+    assert list(data.names) == [
+        "a/00.png",
+        "a/02.png",
+        "a/04.png",
+        "b/01.png",
+        "b/03.png",
+        "b/05.png",
+    ]
     for index, name in enumerate(data.names):
         image = data.images(torch.tensor([index]))[0]
         assert torch.equal(image, load_image(source / name, 16))
@@ -91,11 +105,11 @@ def test_broken_images_are_skipped_counted_and_named(tmp_path: Path) -> None:
     source = spoil(folder(tmp_path / "photos"))
     seen: list[tuple[int, int]] = []
     data = prepare(source, tmp_path / "d", size=16, progress=lambda *counts: seen.append(counts))
-    assert data.names == ["a/02.png", "a/04.png", "b/01.png", "b/05.png"]
+    assert list(data.names) == ["a/02.png", "a/04.png", "b/01.png", "b/05.png"]
     assert data.labels.tolist() == [0, 0, 1, 1]
     assert [name for name, _ in data.rejected] == ["a/00.png", "b/03.png"]
     assert all(cause for _, cause in data.rejected)
-    assert seen == [(2, 6), (3, 6), (4, 6), (6, 6)]
+    assert seen == [(done, 6) for done in range(1, 7)]
     assert DataSet.open(tmp_path / "d").rejected == data.rejected
 
 
@@ -132,27 +146,162 @@ def test_no_folder_no_images_all_broken(tmp_path: Path) -> None:
     assert not (tmp_path / "d").exists()
 
 
-def test_threads_keep_the_order_and_do_not_run_ahead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, lock, started = folder(tmp_path / "photos", 40), threading.Lock(), 0
+# --- processes ---------------------------------------------------------------------------------
 
-    def slow(path: Path, size: int, channels: int) -> torch.Tensor:
-        nonlocal started
-        with lock:
-            started += 1
-            mine = started
-        time.sleep(0.002 * (mine % 3))  # the first does not finish first
-        return torch.full((channels, size, size), int(path.stem), dtype=torch.uint8)
 
-    monkeypatch.setattr("stratagem.data.datasets.load_image", slow)
-    monkeypatch.setattr("stratagem.data.datasets.os.cpu_count", lambda: 4)
-    listing = find_images(source)
-    taken, ahead = [], 0
-    for sample in image_folder(listing, 2, 1, []):
-        if len(taken) < 3:
-            time.sleep(0.05)  # long enough to load all the files that were handed out
-        ahead = max(ahead, started - len(taken))
-        taken.append(int(sample.image[0, 0, 0]))
-    assert taken == [*range(0, 40, 2), *range(1, 40, 2)]
-    assert ahead <= 2 * 4 + 1
+def photos(folder: Path, num: int = 200) -> Path:
+    """Small photographs, every seventh of them broken."""
+    folder.mkdir()
+    for index in range(num):
+        pixels = np.full((9, 9, 3), index, np.uint8)
+        file = folder / f"{index:03d}.png"
+        Image.fromarray(pixels).save(file)
+        if index % 7 == 3:
+            file.write_bytes(file.read_bytes()[: index % 40])
+    return folder
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_the_data_set_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    source, made = photos(tmp_path / "photos"), {}
+    for workers in (1, 2, 3):
+        out = tmp_path / f"out{workers}"
+        data = prepare(source, out, size=8, reading=Reading(workers=workers))
+        made[workers] = files_of(out)
+    assert made[1] == made[2] == made[3]
+    assert (data.num, len(data.rejected)) == (200 - 29, 29)
+    assert data.images(torch.arange(data.num))[:, 0, 0, 0].tolist() == [
+        index for index in range(200) if index % 7 != 3
+    ]
+
+
+def test_bytes_of_packed_archives_travel_too(tmp_path: Path) -> None:
+    source = photos(tmp_path / "photos", 140)
+    with tarfile.open(tmp_path / "photos.tgz", "w:gz") as archive:
+        for file in sorted(source.iterdir()):
+            archive.add(file, file.name)
+    here = prepare(source, tmp_path / "a", size=8, reading=Reading(workers=1))
+    there = prepare(tmp_path / "photos.tgz", tmp_path / "b", size=8, reading=Reading(workers=2))
+    assert here.fingerprint == there.fingerprint
+
+
+def test_processes_keep_the_order_and_do_not_run_ahead() -> None:
+    taken = 0
+
+    def records() -> Iterator[Record]:
+        for index in range(400):
+            assert index - taken <= 2 * 4 * 16  # two processes, four chunks of sixteen
+            load = functools.partial(pixels, bytes([index % 256]) * 25, (5, 5))
+            yield Record(str(index), None, load)
+
+    for record, image in decode_all(records(), Form(5, 1, None), 2):
+        assert record.name == str(taken)
+        assert not isinstance(image, str)
+        assert image.tolist() == [[[taken % 256] * 5] * 5]
+        taken += 1
+    assert taken == 400
+
+
+def test_a_file_that_kills_its_decoder_is_named() -> None:
+    fine = functools.partial(pixels, bytes(25), (5, 5))
+    deadly = functools.partial(os._exit, 9)
+    loads = [deadly if index in {5, 6, 40, 99} else fine for index in range(100)]
+    records = (Record(str(index), None, load) for index, load in enumerate(loads))
+    results = [
+        (record.name, image)
+        for record, image in decode_all(records, Form(5, 1, None), 2)
+        if isinstance(image, str)
+    ]
+    assert results == [(n, "it ends the program that decodes it") for n in ("5", "6", "40", "99")]
+
+
+def test_processes_that_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    records = [Record("x", None, "cause")]
+    with pytest.raises(InputError, match="do not start: give --workers 1"):
+        list(decode_all(records, Form(5, 1, None), 2))
+
+
+def test_processes_end_with_what_asked_for_them() -> None:
+    code = (
+        "import functools, sys\n"
+        "from stratagem.data.arrays import pixels\n"
+        "from stratagem.data.sources import Record\n"
+        "from stratagem.data.workers import Form, decode_all\n"
+        "load = functools.partial(pixels, bytes(25), (5, 5))\n"
+        "records = (Record('x', None, load) for _ in iter(int, 1))\n"
+        "found = decode_all(records, Form(5, 1, None), 2)\n"
+        "next(found)\n"
+        "print(*[w._process.pid for w in found.gi_frame.f_locals['crew']], flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as asking:
+        assert asking.stdout is not None
+        pids = [int(word) for word in asking.stdout.readline().split()]
+        assert all(Path(f"/proc/{pid}").exists() for pid in pids)
+        asking.kill()
+    limit = time.monotonic() + 20
+    while any(map(running, pids)):
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_scripts_without_a_guard_can_prepare(tmp_path: Path) -> None:
+    """The processes import neither the program that asks for them nor what lies where it runs."""
+    photos(tmp_path / "photos", 130)
+    (tmp_path / "queue.py").write_text("raise SystemExit(3)")
+    (tmp_path / "scripts").mkdir()
+    script = tmp_path / "scripts" / "script.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from stratagem.data.datasets import Reading, prepare\n"
+        "print(prepare('photos', Path('out'), size=8, reading=Reading(workers=2)).num)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, check=False
+    )
+    assert done.stdout.split() == [b"111"], done.stderr
+
+
+def test_cores_are_counted() -> None:
+    assert cores() == len(os.sched_getaffinity(0))
+
+
+# --- settings ----------------------------------------------------------------------------------
+
+
+def test_strict_ends_at_the_first_image_that_cannot_be_used(tmp_path: Path) -> None:
+    source, out = photos(tmp_path / "photos"), tmp_path / "out"
+    origins = {open_source(source, 8, reading=Reading(strict=s)).origin for s in (False, True)}
+    assert len(origins) == 2  # what was begun without it is not gone on with
+    for workers in (1, 2):
+        with pytest.raises(InputError, match=r"^003\.png: .*leave out --strict$"):
+            prepare(source, out, size=8, reading=Reading(workers=workers, strict=True))
+        assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+    for file in source.iterdir():
+        if int(file.stem) % 7 == 3:
+            file.unlink()
+    assert prepare(source, out, size=8, reading=Reading(strict=True)).rejected == []
+
+
+def test_settings_without_effect_are_refused(tmp_path: Path) -> None:
+    source = folder(tmp_path / "photos")
+    with pytest.raises(InputError, match=r"--from has no effect with .*photos"):
+        prepare(source, tmp_path / "d", reading=Reading(place=tmp_path))
+    with pytest.raises(InputError, match="workers is 0"):
+        open_source(source, reading=Reading(workers=0))
+    prepare(source, tmp_path / "d")
+    with pytest.raises(InputError, match=r"is a data set: .* --strict"):
+        prepare(tmp_path / "d", tmp_path / "e", reading=Reading(strict=True))

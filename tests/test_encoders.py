@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from stratagem import encoders
 from stratagem.data.datasets import digits
 from stratagem.data.images import center_crop, to_float
+from stratagem.data.shards import DataSet
 from stratagem.encoders import (
     EfficientNetLite0,
     Encoder,
+    ModuleEncoder,
     PixelEncoder,
+    Pool,
+    Preprocessing,
     TokenEncoder,
     build_encoder,
     build_token_encoder,
 )
+from stratagem.encoders.base import at_places
 from stratagem.errors import DamagedArtifact, InputError, MissingExtra
 from stratagem.nets.efficientnet import Lite0, fold
+from stratagem.programs.bank import add_to_bank, build_bank
 from stratagem.randomness import permutation
 from tolerances import FLOAT32, FLOAT64, NETWORK, assert_near
 
@@ -285,3 +292,150 @@ def test_tokens_come_from_the_network_of_the_vectors(effnet: EfficientNetLite0) 
     assert isinstance(build_token_encoder("effnet"), EfficientNetLite0)
     with pytest.raises(InputError, match="no tokens"):
         build_token_encoder("pixels")
+
+
+# --- preprocessing -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("old", "new"), [(256, 64), (64, 56), (20, 56)])
+def test_images_are_scaled_as_pillow_does(old: int, new: int) -> None:
+    """Pillow rounds, and bounds, along each side: a level or two, where none overshoots."""
+    image = pixels(old, old, 3) // 2 + 64
+    scaled = Image.fromarray(image.numpy()).resize((new, new), Image.Resampling.BICUBIC)
+    expected = torch.from_numpy(np.array(scaled)).permute(2, 0, 1).float()
+    one = Preprocessing(new, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    found = 255 * one(image.permute(2, 0, 1)[None])[0]
+    assert (found - expected).abs().max() < 1.6
+    harsh = one(pixels(1, 3, 20, 20))
+    assert (harsh.min(), harsh.max()) == (0, 1)
+
+
+def test_images_are_normalised_by_channel() -> None:
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
+    images = pixels(2, 3, 8, 8)
+    expected = (images.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(
+        3, 1, 1
+    )
+    assert_near(Preprocessing(8, mean, std)(images), expected, FLOAT32)
+    gray = pixels(2, 1, 8, 8)
+    same = Preprocessing(8)(gray), Preprocessing(8)(gray.expand(-1, 3, -1, -1))
+    assert torch.equal(*same)
+    for wrong in (images.float() / 255, pixels(2, 4, 8, 8), pixels(2, 2, 8, 8)):
+        with pytest.raises(ValueError, match="uint8, gray or RGB"):
+            Preprocessing(8)(wrong)
+
+
+def test_another_preprocessing_is_told_apart() -> None:
+    one = Preprocessing(8)
+    others = [
+        Preprocessing(8, mean=(0.0, 0.0, 0.0)),
+        Preprocessing(8, std=(1.0, 1.0, 1.0)),
+        Preprocessing(8, mode="bilinear"),
+        Preprocessing(8, antialias=False),
+    ]
+    assert len({str(one), *map(str, others)}) == 5
+    made = {tuple(p(pixels(1, 3, 20, 20)).flatten().tolist()) for p in (one, *others)}
+    assert len(made) == 5
+
+
+# --- any module ----------------------------------------------------------------------------------
+
+
+class Means(nn.Module):
+    """Tokens: `prefix` of the whole image, k plus 1 times its mean, then means of patches of 4."""
+
+    def __init__(self, prefix: int = 1, vectors: bool = False) -> None:
+        super().__init__()
+        self.prefix, self.vectors = prefix, vectors
+        self.gain = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.gain[:, None, None]
+        if self.vectors:
+            return x.mean((2, 3))
+        whole = [(k + 1) * x.mean((2, 3)) for k in range(self.prefix)]
+        patches = functional.avg_pool2d(x, 4).flatten(2).mT
+        return torch.cat([torch.stack(whole, 1), patches], 1) if whole else patches
+
+
+PLAIN = Preprocessing(16, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def test_any_module_is_an_encoder() -> None:
+    encoder: Encoder = ModuleEncoder(Means(vectors=True), "means", PLAIN)
+    images = pixels(70, 3, 16, 16)
+    assert (encoder.name, encoder.dim) == ("means", 3)
+    assert_near(encoder(images), images.double().mean((2, 3)) / 255, FLOAT32)
+    assert not encoder(images).requires_grad
+    assert not list(filter(lambda p: p.requires_grad, encoder._module.parameters()))
+
+
+def test_tokens_of_any_module_are_pooled_and_placed() -> None:
+    images = pixels(40, 3, 16, 16)
+    mean = images.double().mean((2, 3)) / 255
+    whole: dict[Pool, Tensor] = {
+        "cls": mean,
+        "patch-mean": mean,
+        "cls-patch-mean": torch.cat([mean, mean], 1),
+    }
+    for pool, expected in whole.items():
+        encoder = ModuleEncoder(Means(2), "means", PLAIN, pool=pool, prefix=2)
+        assert_near(encoder(images), expected, FLOAT32)
+        assert (encoder.dim, encoder.token_dim) == (expected.shape[1], 3)
+    for grid, side in ((4, 4), (2, 8)):
+        patches = functional.avg_pool2d(images.double() / 255, side).flatten(2).mT
+        tokens = encoder.tokens(images, grid)
+        assert tokens.shape == (40, grid * grid, 3)
+        if grid == 4:
+            assert_near(tokens, patches, FLOAT32)
+        corner = images.clone()
+        corner[:, :, 8:, :8] = 255 - corner[:, :, 8:, :8]
+        moved = (encoder.tokens(corner, grid) - tokens).abs().sum((0, 2))
+        assert int(moved.argmax()) in {4: {8, 9, 12, 13}, 2: {2}}[grid]
+
+
+def test_a_module_of_another_shape_is_refused() -> None:
+    for module, settings, reason in (
+        (Means(), {}, "vectors .B, D. need no pool"),
+        (Means(vectors=True), {"pool": "cls"}, "tokens .B, L, D. need one"),
+        (Means(2), {"pool": "cls"}, "18 tokens: 1 and those of a square"),
+        (Means(0), {"pool": "cls", "prefix": 0}, "no class token for pool cls"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            ModuleEncoder(module, "means", PLAIN, **settings)
+    assert ModuleEncoder(Means(0), "means", PLAIN, pool="patch-mean", prefix=0).dim == 3
+    with pytest.raises(InputError, match="means has no tokens"):
+        ModuleEncoder(Means(vectors=True), "means", PLAIN).tokens(pixels(1, 3, 16, 16), 4)
+
+
+def test_a_module_describes_its_weights() -> None:
+    one, same, other = (Means(vectors=True) for _ in range(3))
+    other.gain.data[0] = 2
+    told = [ModuleEncoder(m, "means", PLAIN).description() for m in (one, same, other)]
+    assert told[0] == told[1]
+    assert {key for key in told[0] if told[0][key] != told[2][key]} == {"weights"}
+    known = ModuleEncoder(one, "means", PLAIN, facts={"weights": "v1"}).description()
+    assert known == {**told[0], "weights": "v1"}
+
+
+def test_a_bank_is_built_with_any_module(blobs: DataSet, tmp_path: Path) -> None:
+    encoder = ModuleEncoder(Means(vectors=True), "means", Preprocessing(16))
+    bank = build_bank(blobs.path, tmp_path / "bank", encoder=encoder)
+    assert (bank.num, bank.dim, bank.encoder) == (40, 3, encoder.description())
+    with pytest.raises(InputError, match="have no effect on an encoder"):
+        build_bank(blobs.path, tmp_path / "other", encoder=encoder, size=32)
+    image = tmp_path / "image.png"
+    Image.fromarray(pixels(8, 8).numpy()).save(image)
+    with pytest.raises(InputError, match=r"encoder of your own\): give vectors"):
+        add_to_bank(tmp_path / "bank", image, tmp_path / "more")
+
+
+def test_maps_are_resampled_row_by_row() -> None:
+    maps = torch.arange(2 * 3 * 4 * 4.0).view(2, 3, 4, 4)
+    same = at_places(maps, 4)
+    assert torch.equal(same[1, 6], maps[1, :, 1, 2])
+    halved = at_places(maps, 2)  # antialiased: a linear ramp stays one, its mean too
+    assert halved.shape == (2, 4, 3)
+    assert_near(halved.mean(1), maps.mean((2, 3)), FLOAT32)
+    assert torch.all(halved[:, 1] > halved[:, 0])
+    assert torch.all(halved[:, 2] > halved[:, 1])

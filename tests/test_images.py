@@ -60,22 +60,16 @@ def test_pixels_are_mapped_once_only() -> None:
 # --- finding -----------------------------------------------------------------------------------
 
 
-def test_labels_come_from_first_level_folders(tmp_path: Path) -> None:
+def test_images_are_listed_in_the_order_of_their_names(tmp_path: Path) -> None:
     for name in ("b/2.png", "b/deep/er/1.PNG", "a/9.png", "loose.png", "a b/x.png"):
         save(tmp_path / name, noise(2, 2))
     for name in ("notes.txt", "a/.hidden.png", ".git/x.png", "c/readme.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     listing = find_images(tmp_path)
-    assert listing.classes == ["a", "a b", "b"]
     names = [listing.name(index) for index in range(len(listing.paths))]
     assert names == ["a/9.png", "a b/x.png", "b/2.png", "b/deep/er/1.PNG", "loose.png"]
-    assert listing.labels == [0, 1, 2, 2, -1]
-
-
-def test_a_flat_folder_has_no_classes(tmp_path: Path) -> None:
-    save(tmp_path / "x.png", noise(2, 2))
-    assert find_images(tmp_path) == Listing(tmp_path, [tmp_path / "x.png"], [-1], [])
+    assert listing == Listing(tmp_path, [tmp_path / name for name in names])
 
 
 def test_linked_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
@@ -290,8 +284,15 @@ def test_a_decompression_bomb_is_not_decoded(
         load_image(bomb, 8)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1)])
+def test_a_single_row_of_pixels_is_no_picture(tmp_path: Path, shape: tuple[int, int]) -> None:
+    with pytest.raises(BadImage, match=f"^too small: {shape[1]} x {shape[0]} pixels$"):
+        load_image(save(tmp_path / "x.png", noise(*shape)), 8)
+    assert load_image(save(tmp_path / "y.png", noise(2, 2)), 8).shape == (3, 8, 8)
+
+
 def test_a_hair_thin_image_is_not_blown_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    thin = save(tmp_path / "x.png", noise(1, 900))
+    thin = save(tmp_path / "x.png", noise(2, 450))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(BadImage, match="too large"):
         load_image(thin, 8)

@@ -1,11 +1,16 @@
-"""data/shards.py: what goes in comes out, in constant memory, and damage is noticed."""
+"""data/shards.py, data/writing.py: what goes in comes out, and damage and stops are noticed."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +20,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from stratagem.data.codecs import Codec, PixelCodec
 from stratagem.data.images import to_float
-from stratagem.data.shards import DataSet, Sample, write_dataset
+from stratagem.data.shards import KIND, DataSet, Rows, shard_name
+from stratagem.data.writing import (
+    Items,
+    Rejected,
+    Sample,
+    Source,
+    disk_bytes,
+    items_of,
+    require_room,
+    write_dataset,
+)
 from stratagem.errors import DamagedArtifact, InputError
 from tolerances import FLOAT64, assert_near
 
@@ -31,9 +47,12 @@ def samples(images: Tensor) -> Iterator[Sample]:
         yield Sample(image, index % 3 - 1, f"n/{index}.png")
 
 
-def write(path: Path, images: Tensor, **options: Any) -> DataSet:
-    defaults = {"classes": ["a", "b"], "source": "test", "flip": True}
-    return write_dataset(path, samples(images), **{**defaults, **options})
+def write(
+    path: Path, images: Tensor, classes: tuple[str, ...] = ("a", "b"), **options: Any
+) -> DataSet:
+    rejected = [Rejected(*pair) for pair in options.pop("rejected", ())]
+    source = Source("test", classes, itertools.chain(rejected, samples(images)))
+    return write_dataset(path, source, **{"flip": True, **options})
 
 
 @pytest.mark.parametrize("shard_size", [1, 3, 5, 10, 99, None])
@@ -44,10 +63,12 @@ def test_what_goes_in_comes_out(tmp_path: Path, shard_size: int | None) -> None:
         assert (opened.num, opened.shape, opened.flip) == (10, (3, 4, 5), True)
         assert torch.equal(opened.images(torch.arange(10)), images)
         assert opened.labels.tolist() == [-1, 0, 1, -1, 0, 1, -1, 0, 1, -1]
-        assert opened.names == [f"n/{i}.png" for i in range(10)]
+        assert list(opened.names) == [f"n/{i}.png" for i in range(10)]
         assert opened.classes == ["a", "b"]
         assert opened.rejected == [("x.png", "cut")]
-        assert opened.source == "test"
+        assert (opened.source, opened.kind, opened.image_shape) == ("test", "images", (3, 4, 5))
+        assert opened.autoencoder is None
+        assert opened.origin == opened.fingerprint
         assert opened.path == tmp_path / "d"
     shards = len(list((tmp_path / "d").glob("images-*")))
     assert shards == -(-10 // (shard_size or 10))
@@ -105,16 +126,17 @@ def test_statistics_are_those_of_the_floats(tmp_path: Path) -> None:
     data = write(tmp_path / "d", pixels(), shard_size=3)
     x = to_float(pixels()).double().transpose(0, 1).flatten(1)
     exact = (pixels().double() / 127.5 - 1).transpose(0, 1).flatten(1)
-    assert_near(torch.tensor(data.mean).double(), exact.mean(1), 1e-6)
-    assert data.mean == pytest.approx(exact.mean(1).tolist(), abs=FLOAT64)
-    assert data.std == pytest.approx(exact.std(1, correction=0).tolist(), abs=FLOAT64)
-    assert data.std == pytest.approx(x.std(1, correction=0).tolist(), abs=1e-6)
+    mean, std = data.statistics.mean, data.statistics.std
+    assert_near(torch.tensor(mean).double(), exact.mean(1), 1e-6)
+    assert mean == pytest.approx(exact.mean(1).tolist(), abs=FLOAT64)
+    assert std == pytest.approx(exact.std(1, correction=0).tolist(), abs=FLOAT64)
+    assert std == pytest.approx(x.std(1, correction=0).tolist(), abs=1e-6)
 
 
 def test_constant_images_have_no_spread(tmp_path: Path) -> None:
     data = write(tmp_path / "d", torch.full((7, 1, 3, 3), 201, dtype=torch.uint8))
-    assert data.std == [0.0]
-    assert data.mean == [201 / 127.5 - 1]
+    assert data.statistics.std == [0.0]
+    assert data.statistics.mean == [201 / 127.5 - 1]
 
 
 @pytest.mark.parametrize(("fraction", "count"), [(0.0, 0), (0.1, 2), (0.25, 5), (0.9, 18)])
@@ -155,12 +177,12 @@ def test_equal_content_has_an_equal_fingerprint(tmp_path: Path) -> None:
     assert write(tmp_path / "d", pixels(), flip=False).fingerprint != here.fingerprint
 
 
-@pytest.mark.parametrize("name", ["images-00001.safetensors", "labels.safetensors", "names.json"])
+@pytest.mark.parametrize(
+    "name", ["images-00001.safetensors", "labels.safetensors", "names.safetensors"]
+)
 def test_a_flipped_bit_is_noticed(tmp_path: Path, name: str) -> None:
     write(tmp_path / "d", pixels(), shard_size=3)
-    data = bytearray((tmp_path / "d" / name).read_bytes())
-    data[-3] ^= 1
-    (tmp_path / "d" / name).write_bytes(data)
+    spoil(tmp_path / "d" / name)
     with pytest.raises(DamagedArtifact, match="altered"):
         DataSet.open(tmp_path / "d")
 
@@ -218,7 +240,7 @@ def test_writing_holds_one_shard_at_most(tmp_path: Path) -> None:
             most = max(most, alive)
             yield Sample(image, -1, str(index))
 
-    write_dataset(tmp_path / "d", stream(), classes=[], source="t", flip=False, shard_size=5)
+    write_dataset(tmp_path / "d", Source("t", [], stream()), flip=False, shard_size=5)
     assert most <= 5 + 2  # the one being made and the one just handed over
 
 
@@ -242,9 +264,9 @@ def test_bad_samples_are_named_and_leave_nothing_behind(tmp_path: Path) -> None:
         yield Sample(pixels(shape=(1, 4, 5))[0], 0, "odd one")
 
     with pytest.raises(InputError, match=r"odd one has shape \(1, 4, 5\)"):
-        write_dataset(tmp_path / "d", mixed(), classes=["a"], source="t", flip=False)
+        write_dataset(tmp_path / "d", Source("t", ["a"], mixed()), flip=False)
     with pytest.raises(InputError, match=r"n/2.png has label 1: there are 1 classes"):
-        write(tmp_path / "d", pixels(), classes=["a"])
+        write(tmp_path / "d", pixels(), classes=("a",))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -261,3 +283,173 @@ def test_a_data_set_may_be_moved(tmp_path: Path) -> None:
     second = DataSet.open(tmp_path / "e")
     assert second.fingerprint == first.fingerprint
     assert json.loads((tmp_path / "e" / "manifest.json").read_text())["kind"] == "dataset"
+
+
+# --- going on ----------------------------------------------------------------------------------
+
+STOP = """
+import os, signal, sys, torch
+from pathlib import Path
+from stratagem.data.writing import Rejected, Sample, Source, write_dataset
+def items(first):
+    for number in range(first, 40):
+        if number == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if number % 7 == 3:
+            yield Rejected(f"n/{number}", "bad")
+        else:
+            image = torch.full((1, 2, 3), number, dtype=torch.uint8)
+            yield Sample(image, number % 2, f"n/{number}")
+write_dataset(
+    Path(sys.argv[1]), Source("t", ["a", "b"], items, "here"), flip=False, holdout=0.2, shard_size=5
+)
+"""
+
+
+def items(first: int = 0, num: int = 40, taken: list[int] | None = None) -> Iterator[Any]:
+    for number in range(first, num):
+        if taken is not None:
+            taken.append(number)
+        if number % 7 == 3:
+            yield Rejected(f"n/{number}", "bad")
+        else:
+            yield Sample(
+                torch.full((1, 2, 3), number, dtype=torch.uint8), number % 2, f"n/{number}"
+            )
+
+
+def test_a_killed_writing_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"flip": False, "holdout": 0.2, "shard_size": 5}
+    whole = write_dataset(tmp_path / "w", Source("t", ["a", "b"], items, "here"), **options)
+    killed = subprocess.run(
+        [sys.executable, "-c", STOP, str(tmp_path / "d"), "29"], check=False, capture_output=True
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert not (tmp_path / "d").exists()
+    with pytest.raises(InputError, match=r"\.d\.partial is unfinished, of other input"):
+        write_dataset(tmp_path / "d", Source("t", ["a", "b"], items, "there"), **options)
+    taken: list[int] = []
+    seen: list[int] = []
+    again = functools.partial(items, taken=taken)
+    data = write_dataset(
+        tmp_path / "d", Source("t", ["a", "b"], again, "here"), progress=seen.append, **options
+    )
+    assert data.fingerprint == whole.fingerprint
+    assert taken == list(range(29, 40))  # four shards of five, and four rejected ones on the way
+    assert seen == list(range(30, 41))
+    assert data.rejected == [(f"n/{number}", "bad") for number in range(3, 40, 7)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "w"]
+    assert not [p for p in (tmp_path / "d").iterdir() if p.name[0] == "."]
+    for index, name in enumerate(data.names):
+        assert name == f"n/{data.position(index)}"
+
+
+def test_a_shard_damaged_in_between_is_written_anew(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"flip": False, "holdout": 0.2, "shard_size": 5}
+    whole = write_dataset(tmp_path / "w", Source("t", ["a", "b"], items, "here"), **options)
+    code = [sys.executable, "-c", STOP, str(tmp_path / "d"), "29"]
+    subprocess.run(code, check=False, capture_output=True)
+    shard = sorted((tmp_path / ".d.partial").glob("*-00002.safetensors"))[0]
+    body = bytearray(shard.read_bytes())
+    body[-1] ^= 1
+    shard.write_bytes(body)
+    taken: list[int] = []
+    again = functools.partial(items, taken=taken)
+    data = write_dataset(tmp_path / "d", Source("t", ["a", "b"], again, "here"), **options)
+    assert data.fingerprint == whole.fingerprint
+    assert 5 < taken[0] < 29  # from the damaged shard on, and not from the beginning
+
+
+def test_a_stop_while_sealing_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    source = Source("t", ["a", "b"], items, "here")
+    with monkeypatch.context() as patch:
+        patch.setattr("stratagem.artifact.folders._seal", cut)
+        with pytest.raises(KeyboardInterrupt):
+            write_dataset(tmp_path / "d", source, flip=False)
+    taken: list[int] = []
+    source = source._replace(items=functools.partial(items, taken=taken))
+    assert write_dataset(tmp_path / "d", source, flip=False).num == 34
+    assert not taken
+
+
+def test_two_writers_of_one_data_set_do_not_meet(tmp_path: Path) -> None:
+    def nested(first: int) -> Items:
+        with pytest.raises(InputError, match="another process writes"):
+            write_dataset(tmp_path / "d", Source("t", ["a", "b"], items), flip=False)
+        return items(first)
+
+    assert write_dataset(tmp_path / "d", Source("t", ["a", "b"], nested), flip=False).num == 34
+
+
+def test_a_data_set_is_a_source_of_another(tmp_path: Path) -> None:
+    data = write(tmp_path / "d", pixels(70))
+    source = Source("test", ["a", "b"], functools.partial(items_of, data))
+    copy = write_dataset(tmp_path / "e", source, flip=True)
+    assert copy.fingerprint == data.fingerprint
+    assert [s.name for s in items_of(data, 66)] == ["n/66.png", "n/67.png", "n/68.png", "n/69.png"]
+
+
+# --- what a network learns from, and sizes -----------------------------------------------------
+
+
+def test_pixels_are_mirrored_where_asked_for(tmp_path: Path) -> None:
+    data = write(tmp_path / "d", pixels())
+    rows, flip = torch.tensor([4, 1]), torch.tensor([False, True])
+
+    def no_noise() -> Tensor:
+        raise AssertionError
+
+    x = data.sample(rows, flip, no_noise)
+    assert torch.equal(x[0], to_float(pixels()[4]))
+    assert torch.equal(x[1], to_float(pixels()[1].flip(-1)))
+
+
+def test_the_estimate_is_what_is_written(tmp_path: Path) -> None:
+    codec: Codec = PixelCodec()
+    images, said = pixels(300, (3, 16, 16)), list[int]()
+    source = Source("test", ["a", "b"], samples(images), total=300)
+    write_dataset(tmp_path / "d", source, flip=True, announce=said.append)
+    assert said == [disk_bytes(300, codec, (3, 16, 16))]
+    taken = sum(file.stat().st_size for file in (tmp_path / "d").iterdir())
+    assert 0.8 * said[0] < taken < said[0]
+
+
+def test_a_disk_that_cannot_hold_it_is_refused_at_once(tmp_path: Path) -> None:
+    seen: list[int] = []
+    source = Source("test", ["a", "b"], samples(pixels()), total=10**13)
+    with pytest.raises(
+        InputError, match=r"d would take 1880000\.0 GB, and the disk has .* GB free"
+    ):
+        write_dataset(tmp_path / "d", source, flip=True, progress=seen.append)
+    assert not seen
+    assert list(tmp_path.iterdir()) == []
+    require_room(tmp_path / "d", 10)
+
+
+def test_large_data_is_not_read_through_at_every_opening(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "d", pixels(), shard_size=4)
+    spoil(tmp_path / "d" / shard_name("images", 1))
+    monkeypatch.setattr("stratagem.data.shards._SUMMED_BYTES", 100)
+    DataSet.open(tmp_path / "d")
+    spoil(tmp_path / "d" / "names.safetensors")
+    with pytest.raises(DamagedArtifact, match="altered"):
+        DataSet.open(tmp_path / "d")
+
+
+def spoil(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+
+
+def test_rows_are_what_they_are(tmp_path: Path) -> None:
+    data = write(tmp_path / "d", pixels())
+    assert Rows(data.labels, data.held_out, data.names)._fields == ("labels", "held_out", "names")
+    assert json.loads((tmp_path / "d" / "manifest.json").read_text())["kind"] == KIND

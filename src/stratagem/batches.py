@@ -16,25 +16,26 @@ A snippet m is spoilt in training so that the network does not lean on it (GMem,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from stratagem import randomness
-from stratagem.data.images import to_float
+from stratagem.data.order import epoch_order
 from stratagem.data.shards import DataSet
 from stratagem.density import TimeDensity, stratified
 from stratagem.encoders import TokenEncoder
 from stratagem.memory.bank import MemoryBank
+from stratagem.stage_draw import StageDraw
 
-__all__ = ["AlignTokens", "Batch", "Batches", "Conditions", "Snippets"]
+__all__ = ["AlignTokens", "Batch", "Batches", "Conditions", "Snippets", "Tokens"]
 
 
 class Batch(NamedTuple):
-    """One training batch.
+    """One training batch, or a part of it: the rows of one process, or of one of its passes.
 
     Attributes:
         ids: Which images of the data set, (B,).
@@ -43,6 +44,10 @@ class Batch(NamedTuple):
         t: Times, (B,).
         condition: What the objective takes besides: memory (B, D), memory_keep (B, W), label (B,),
             align (B, L, D).
+        weight: Weight of each image's losses, (B,); None for 1.
+        counts: With stages, how many rows each has; the rows are sorted by stage.
+        stage: What the network takes as stage: these counts, or the one decoder of a warm start.
+        whole: With parts, how many rows the whole batch has of each stage; None: these are all.
     """
 
     ids: Tensor
@@ -50,6 +55,50 @@ class Batch(NamedTuple):
     eps: Tensor
     t: Tensor
     condition: dict[str, Tensor]
+    weight: Tensor | None = None
+    counts: tuple[int, ...] | None = None
+    stage: int | tuple[int, ...] | None = None
+    whole: tuple[int, ...] | None = None
+
+    @property
+    def size(self) -> int:
+        """Rows of the whole batch."""
+        return len(self.ids) if self.whole is None else sum(self.whole)
+
+    def part(self, index: int, parts: int) -> Batch:
+        """Returns rows index, index + parts, ...: sorted as they are, each stage has its share."""
+        rows, counts = slice(index, None, parts), _counts(self.counts, index, parts)
+        return self._replace(
+            ids=self.ids[rows],
+            x=self.x[rows],
+            eps=self.eps[rows],
+            t=self.t[rows],
+            condition={name: tensor[rows] for name, tensor in self.condition.items()},
+            weight=None if self.weight is None else self.weight[rows],
+            counts=counts,
+            stage=counts if isinstance(self.stage, tuple) else self.stage,
+            whole=self.whole or self.counts or (len(self.ids),),
+        )
+
+
+def _counts(counts: tuple[int, ...] | None, index: int, parts: int) -> tuple[int, ...] | None:
+    """Returns how many of the rows index, index + parts, ... each stage has."""
+    if counts is None:
+        return None
+    stages = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[index::parts]
+    return tuple(stages.bincount(minlength=len(counts)).tolist())
+
+
+class Tokens(Protocol):
+    """Alignment targets."""
+
+    @property
+    def dim(self) -> int:
+        """Length of a token."""
+        ...
+
+    def __call__(self, ids: Tensor, flip: Tensor) -> Tensor:
+        """Returns tokens (B, L, dim), float32, of images ids (B,), mirrored where flip (B,) is."""
 
 
 class AlignTokens:
@@ -75,14 +124,15 @@ class AlignTokens:
             return self._kept[flip.long(), ids].float()
         images = self._data.images(ids)
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-        return self._encoder.tokens(images, self._grid)
+        return self._encoder.tokens(images, self._grid).cpu()
 
     def _all(self) -> Tensor:
         """Tokens of all images, (1 or 2 sides, N, L, D), float16."""
         sides = []
         for mirrored in (False, True)[: 1 + self._data.flip]:
             images = (b.flip(-1) if mirrored else b for b in self._data.batches(256))
-            sides.append(torch.cat([self._encoder.tokens(b, self._grid).half() for b in images]))
+            tokens = (self._encoder.tokens(batch, self._grid) for batch in images)
+            sides.append(torch.cat([part.half().cpu() for part in tokens]))
         return torch.stack(sides)
 
 
@@ -119,7 +169,7 @@ class Conditions:
     snippets: Snippets | None = None
     num_classes: int = 0
     drop: float = 0.0
-    tokens: Callable[[Tensor, Tensor], Tensor] | None = None
+    tokens: Tokens | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +182,8 @@ class Batches:
         batch_size: Images per step.
         seed: The run's seed.
         conditions: What the network is told of each image.
+        stages: Draws the times of each stage, in the density's place; None for one stage.
+        weights: How often to draw each image, relative to the others, (N,); None: each once.
     """
 
     data: DataSet
@@ -139,25 +191,46 @@ class Batches:
     batch_size: int
     seed: int
     conditions: Conditions = Conditions()
+    stages: StageDraw | None = None
+    weights: Tensor | None = None
     _orders: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
-    def __call__(self, step: int) -> Batch:
-        """Returns the batch of optimizer step `step`, counted from 0."""
-        ids = self._ids(step)
-        flip = self._flip(step)
-        x = to_float(self.data.images(ids))
-        x = torch.where(flip[:, None, None, None], x.flip(-1), x)
-        eps = randomness.normal(x.shape, self.seed, "noise", step)
-        t = self.density.sample(stratified(len(ids), self.seed, "time", step)).float()
-        return Batch(ids, x, eps, t, self._condition(ids, flip, step))
+    def __call__(self, step: int, rank: int = 0, ranks: int = 1) -> Batch:
+        """Returns the batch of optimizer step `step`, counted from 0, or one process's rows of it.
+
+        All draws are those of the whole batch; what the rows of others would need is not read.
+
+        Args:
+            step: Optimizer step.
+            rank: Which process; it has rows rank, rank + ranks, ...
+            ranks: How many there are.
+        """
+        rows = slice(rank, None, ranks)
+        ids = self._ids(step)[rows].contiguous()
+        flip = self._flip(step)[rows]
+        noise = functools.partial(self._normal, self.data.shape, "posterior", step)
+        x = self.data.sample(ids, flip, lambda: noise()[rows])
+        eps = self._normal(self.data.shape, "noise", step)[rows]
+        condition = self._condition(ids, flip, step, rows)
+        whole = None if ranks == 1 else (self.batch_size,)
+        if self.stages is None:
+            t = self.density.sample(stratified(self.batch_size, self.seed, "time", step)).float()
+            return Batch(ids, x, eps, t[rows], condition, whole=whole)
+        t, counts, weight = self.stages.rows(self.batch_size, self.seed, step)
+        stage, own = self.stages.route(counts, step), _counts(counts, rank, ranks)
+        return Batch(
+            *(ids, x, eps, t[rows].float(), condition, weight[rows].float(), own),
+            own if isinstance(stage, tuple) else stage,
+            None if ranks == 1 else counts,
+        )
 
     def _ids(self, step: int) -> Tensor:
         """Position p of the run is image p mod N of epoch p // N, each epoch in its own order."""
-        train = self.data.train_indices
+        num = len(self.data.train_indices)
         position = step * self.batch_size + torch.arange(self.batch_size)
-        epochs = torch.div(position, len(train), rounding_mode="floor")
+        epochs = torch.div(position, num, rounding_mode="floor")
         parts = [
-            train[self._order(epoch)[position[epochs == epoch] % len(train)]]
+            self._order(epoch)[position[epochs == epoch] % num]
             for epoch in epochs.unique().tolist()
         ]
         return torch.cat(parts)
@@ -165,22 +238,23 @@ class Batches:
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._orders:
             self._orders.clear()
-            num = len(self.data.train_indices)
-            self._orders[epoch] = randomness.permutation(num, self.seed, "order", epoch)
+            self._orders[epoch] = epoch_order(self.data, self.weights, self.seed, epoch)
         return self._orders[epoch]
 
     def _flip(self, step: int) -> Tensor:
         if not self.data.flip:
             return torch.zeros(self.batch_size, dtype=torch.bool)
-        return self._uniform((self.batch_size,), "flip", step) < 0.5
+        return self._uniform((), "flip", step) < 0.5
 
-    def _condition(self, ids: Tensor, flip: Tensor, step: int) -> dict[str, Tensor]:
+    def _condition(
+        self, ids: Tensor, flip: Tensor, step: int, rows: slice = slice(None)
+    ) -> dict[str, Tensor]:
         told, given = self.conditions, dict[str, Tensor]()
         dropped = torch.zeros(len(ids), dtype=torch.bool)
         if told.drop:
-            dropped = self._uniform((len(ids),), "drop", step) < told.drop
+            dropped = self._uniform((), "drop", step)[rows] < told.drop
         if told.snippets is not None:
-            given = self._memory(told.snippets, ids, flip, step)
+            given = self._memory(told.snippets, ids, flip, step, rows)
             given["memory"] = torch.where(dropped[:, None], 0, given["memory"])
         if told.num_classes:
             label = self.data.labels[ids]
@@ -190,22 +264,25 @@ class Batches:
         return given
 
     def _memory(
-        self, snippets: Snippets, ids: Tensor, flip: Tensor, step: int
+        self, snippets: Snippets, ids: Tensor, flip: Tensor, step: int, rows: slice
     ) -> dict[str, Tensor]:
         memory = snippets.bank.lookup(ids, flip)
         if snippets.jitter:
-            z = randomness.normal(memory.shape, self.seed, "jitter", step)
+            z = self._normal(memory.shape[1:], "jitter", step)[rows]
             memory = memory + snippets.jitter * z / memory.shape[1] ** 0.5
         if not snippets.dropout:
             return {"memory": memory}
         if snippets.place == "before":
-            return {"memory": memory * self._keep(memory.shape, snippets.dropout, step)}
-        shape = (len(ids), snippets.width)
-        return {"memory": memory, "memory_keep": self._keep(shape, snippets.dropout, step)}
+            return {"memory": memory * self._keep(memory.shape[1], snippets.dropout, step)[rows]}
+        keep = self._keep(snippets.width, snippets.dropout, step)[rows]
+        return {"memory": memory, "memory_keep": keep}
 
-    def _keep(self, shape: tuple[int, ...], rate: float, step: int) -> Tensor:
-        """Factors of dropout: 0 with the given rate, else 1 / (1 - rate)."""
-        return (self._uniform(shape, "snippet", step) >= rate) / (1 - rate)
+    def _keep(self, width: int, rate: float, step: int) -> Tensor:
+        """Factors of dropout, (whole batch, width): 0 with the given rate, else 1 / (1 - rate)."""
+        return (self._uniform((width,), "snippet", step) >= rate) / (1 - rate)
 
     def _uniform(self, shape: tuple[int, ...], purpose: str, step: int) -> Tensor:
-        return randomness.uniform(shape, self.seed, purpose, step)
+        return randomness.uniform((self.batch_size, *shape), self.seed, purpose, step)
+
+    def _normal(self, shape: tuple[int, ...], purpose: str, step: int) -> Tensor:
+        return randomness.normal((self.batch_size, *shape), self.seed, purpose, step)

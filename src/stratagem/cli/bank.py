@@ -9,9 +9,11 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from stratagem.cli.console import progress_bar, say
+from stratagem.encoders import EncoderName, Pool
 from stratagem.memory.bank import MemoryBank
 from stratagem.memory.interpolate import Way
 from stratagem.memory.store import LowRank
+from stratagem.programs import Device
 from stratagem.programs.bank import (
     Added,
     Neighbours,
@@ -42,24 +44,48 @@ def build(
     data: Positional[Path],
     /,
     out: Path,
-    encoder: Literal["effnet", "pixels"] = "effnet",
+    encoder: EncoderName = "effnet",
+    encoder_weights: str | None = None,
+    encoder_size: int | None = None,
+    pool: Pool | None = None,
+    images: str | None = None,
     format: Literal["float32", "float16", "int8"] = "float16",  # noqa: A002
     batch_size: int = 256,
+    device: Device = "auto",
 ) -> None:
     """Builds the memory bank of a data set; stopped, the same command goes on.
 
     Example: stratagem bank build out/photos --out out/photos-bank.safetensors
+    Example: stratagem bank build out/photos --out bank --encoder dinov2-b --encoder-weights DIR
 
     Args:
         data: The data set.
         out: The bank's file.
-        encoder: The frozen encoder: effnet (EfficientNet-Lite0, for photographs) or pixels.
+        encoder: The frozen encoder: effnet (EfficientNet-Lite0, for photographs), pixels, or
+            DINOv2 (-reg with registers) and DINOv3, small, base or large.
+        encoder_weights: Of DINOv2 and DINOv3: the folder as transformers saves it, or the name of
+            a repository of the Hugging Face hub, from where they are fetched.
+        encoder_size: Side to which the encoder scales images: 64 for effnet, 224 for the others.
+        pool: Of DINOv2 and DINOv3: the class token (the default), the mean of the patches, or both
+            in a row.
+        images: Of latents made straight from a folder, that folder.
         format: How vectors are stored; for low rank, compress the bank afterwards.
         batch_size: Images encoded at once.
+        device: Where the encoder runs; auto takes a GPU where there is one.
     """
     with progress_bar("bank build", "images") as progress:
         bank = build_bank(
-            data, out, encoder=encoder, form=format, batch_size=batch_size, progress=progress
+            data,
+            out,
+            encoder=encoder,
+            weights=encoder_weights,
+            size=encoder_size,
+            pool=pool,
+            images=images,
+            form=format,
+            batch_size=batch_size,
+            device=device,
+            progress=progress,
         )
     say(f"{out}: {_size(bank)}, encoder {encoder}")
 
@@ -151,6 +177,7 @@ def add(
     /,
     out: Path,
     label: int = -1,
+    encoder_weights: str | None = None,
     json: bool = False,
 ) -> None:
     """Adds images to a bank, or vectors that its encoder made; no network is trained.
@@ -164,10 +191,14 @@ def add(
         source: A folder of images, an image, or a .pth or .safetensors file with one tensor.
         out: The new bank's file.
         label: Class of the new rows; -1 for none.
+        encoder_weights: Of a bank by DINOv2 or DINOv3, or imported from GMem: the encoder's weights
+            for the images, a folder or a repository of the hub.
         json: Print JSON.
     """
     with progress_bar("bank add", "images") as progress:
-        added = add_to_bank(bank, source, out, label=label, progress=progress)
+        added = add_to_bank(
+            bank, source, out, label=label, weights=encoder_weights, progress=progress
+        )
     if json:
         lost = added.residuals.amax(1).tolist()
         facts = {"num": added.bank.num, "added": added.num, "residuals": lost}
@@ -186,6 +217,7 @@ def remove(
     label: int | None = None,
     like: Path | None = None,
     cosine: float | None = None,
+    encoder_weights: str | None = None,
 ) -> None:
     """Removes rows from a bank: by name, by label, or whatever is like given images.
 
@@ -198,10 +230,19 @@ def remove(
         label: A class.
         like: An image or a folder of them.
         cosine: With --like: rows that have at least this cosine to one of the images go.
+        encoder_weights: Of a bank by DINOv2 or DINOv3, or imported from GMem: the encoder's weights
+            for the images, a folder or a repository of the hub.
     """
     with progress_bar("bank remove", "images") as progress:
         left, num = remove_from_bank(
-            bank, out, ids=ids, label=label, like=like, cosine=cosine, progress=progress
+            bank,
+            out,
+            ids=ids,
+            label=label,
+            like=like,
+            cosine=cosine,
+            weights=encoder_weights,
+            progress=progress,
         )
     say(f"{out}: {_size(left)}; {num} removed")
 
@@ -254,6 +295,7 @@ def nearest(
     images: Positional[Path],
     /,
     num: int = 10,
+    encoder_weights: str | None = None,
     json: bool = False,
 ) -> None:
     """Finds the rows of a bank that are nearest to images.
@@ -264,10 +306,12 @@ def nearest(
         bank: The bank's file.
         images: An image or a folder of them.
         num: Rows per image.
+        encoder_weights: Of a bank by DINOv2 or DINOv3, or imported from GMem: the encoder's weights
+            for the images, a folder or a repository of the hub.
         json: Print JSON.
     """
     with progress_bar("bank nearest", "images") as progress:
-        found = nearest_in_bank(bank, images, num, progress=progress)
+        found = nearest_in_bank(bank, images, num, weights=encoder_weights, progress=progress)
     if json:
         say(json_module.dumps(_neighbours(found), indent=1))
         return

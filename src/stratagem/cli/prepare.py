@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+import torch
+from tyro.conf import Positional, arg
 
+from stratagem.autoencoders import AutoencoderName, build_autoencoder
 from stratagem.cli.console import progress_bar, say
+from stratagem.data.datasets import Reading
 from stratagem.data.datasets import prepare as prepare_data
+from stratagem.data.latents import PosteriorKind
+from stratagem.data.official import open_data, write_official
+from stratagem.errors import InputError
 
 __all__ = ["prepare"]
 
+_PLAIN = (None, False, False, 0.0, "none", None, "mean+std", "auto", Reading())
 
-def prepare(
+
+def prepare(  # noqa: PLR0913, PLR0917
     images: Positional[str],
     /,
     out: Path,
@@ -21,20 +30,62 @@ def prepare(
     flip: bool = False,
     holdout: float = 0.0,
     seed: int = 0,
+    from_: Annotated[Path | None, arg(name="from")] = None,
+    workers: int | None = None,
+    strict: bool = False,
+    autoencoder: AutoencoderName | Literal["none"] = "none",
+    weights: str | None = None,
+    posterior: PosteriorKind = "mean+std",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    layout: Literal["stratagem", "lightningdit"] = "stratagem",
 ) -> None:
-    """Makes a data set of a folder of images.
+    """Makes a data set of images, wherever they lie; stopped, the same command goes on.
 
-    Example: stratagem prepare photos/ --out out/photos --size 32 --flip --holdout 0.1
+    Images are read from a folder, a zip or tar, a folder of tar shards as webdataset writes them,
+    idx files, an npz file, or a data set of the Hugging Face hub. Labels are what lies beside an
+    image (x.cls, x.json), the first sub-folder, or the labels of the arrays. What cannot be used is
+    left out, counted, and named with its cause in rejected.json; docs/data.md has the cases.
+
+    The names digits, fashion-mnist, emoji and cifar10 stand for real data sets. They are read from
+    where their package puts them, or from --from, and found whole before anything is written.
+
+    With an autoencoder it stores latents. A memory bank is still built of images: make a data set
+    of images first, and the latents of that. Official latents, as LightningDiT and GMem keep them,
+    can be trained on where they are; given as images, they become a data set of our own.
+
+    Example: stratagem prepare photos/ --out out/photos --size 256 --flip --holdout 0.1
+    Example: stratagem prepare shards/ --out out/imagenet --size 256 --workers 16
+    Example: stratagem prepare fashion-mnist --out out/fashion
+    Example: stratagem prepare out/photos --out out/latents --autoencoder va-vae --weights vavae.pt
 
     Args:
-        images: A folder (its sub-folders are the classes), or the word digits.
+        images: What holds them, hf:NAME or hf:NAME:SPLIT, a name of those above, or a data set.
         out: The data set to make.
-        size: Side of the square images in pixels; 32, and for the digits their own 8.
-        gray: One channel instead of three.
+        size: Side of the square images in pixels; of arrays and named data their own, and else 32.
+        gray: One channel instead of three; gray arrays have one anyway.
         flip: Training may use mirror images.
         holdout: Fraction of the images that training never sees, to measure memorisation with.
         seed: Seed of the choice of held-out images.
+        from_: The folder or archive of a data set that goes by its name.
+        workers: Processes that decode; as many as there are cores. The result is the same.
+        strict: End at the first image that cannot be used.
+        autoencoder: Store latents: sd-vae (4 channels, an 8th of the side), va-vae (32, a 16th).
+        weights: Of the autoencoder: a folder, a file, or a repository of the Hugging Face hub; by
+            default its authors' on the hub.
+        posterior: What to keep of a latent; mean takes half the space and has no noise.
+        device: Where the autoencoder runs; auto takes a GPU where there is one.
+        layout: Write latents of a data set as LightningDiT reads them.
     """
+    reading = Reading(from_, workers, strict)
+    if layout != "stratagem":
+        settings = (size, gray, flip, holdout, autoencoder, weights, posterior, device, reading)
+        _export(Path(images), out, seed, plain=settings == _PLAIN)
+        return
+    encoder = None
+    if autoencoder != "none":
+        encoder = build_autoencoder(autoencoder, weights, _device(device))
+    elif weights is not None or posterior != "mean+std" or device != "auto":
+        raise InputError("--weights, --posterior and --device have no effect without --autoencoder")
     with progress_bar("prepare", "images") as progress:
         data = prepare_data(
             images,
@@ -44,11 +95,30 @@ def prepare(
             flip=flip,
             holdout=holdout,
             seed=seed,
+            reading=reading,
+            autoencoder=encoder,
+            posterior=posterior,
+            announce=lambda size: say(f"{out}: about {size / 1e9:.2f} GB to write"),
             progress=progress,
         )
     held = len(data.held_out_indices)
-    say(f"{out}: {data.num:,} images of {'x'.join(map(str, data.shape))}, {held:,} held out")
+    say(f"{out}: {data.num:,} {data.kind} of {'x'.join(map(str, data.shape))}, {held:,} held out")
     for name, cause in data.rejected[:10]:
         say(f"  left out {name}: {cause}")
     if num := len(data.rejected):
-        say(f"  {num:,} file{'s' * (num > 1)} left out; all are listed in {out}/rejected.json")
+        files, read = f"{num:,} file{'s' * (num > 1)}", data.num + num
+        say(f"  {files} left out of {read:,} that were read; all are in {out}/rejected.json")
+
+
+def _device(name: Literal["auto", "cpu", "cuda"]) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no GPU here, give --device cpu")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _export(images: Path, out: Path, seed: int, *, plain: bool) -> None:
+    if not plain:
+        raise InputError("with --layout, only --seed (of the draws) can be chosen: leave the rest")
+    with progress_bar("prepare", "latents") as progress:
+        write_official(open_data(images), out, seed=seed, progress=progress)
+    say(f"{out}: latents as LightningDiT reads them, and their statistics")

@@ -1,25 +1,24 @@
-"""The data set artifact: uint8 images in shards, mapped into memory, with all that belongs to them.
+"""The data set artifact: images or their latents in shards, mapped into memory, with all of theirs.
 
     manifest.json          kind "dataset"; shape, classes, flip policy, statistics; a sum per file
-    images-00000.safetensors ...   "images" (n, C, H, W) uint8
+    images-00000.safetensors ...    "images" (n, C, H, W) uint8; or
+    latents-00000.safetensors ...   "mean", "std" (n, F, c, h, w) float16, F = 2 with mirrored ones
     labels.safetensors     "labels" (N,) int64, -1 where unknown; "held_out" (N,) bool
-    names.json             where each image came from
-    rejected.json          [name, cause] of every image that could not be used
+    names.safetensors      where each image came from: `memory.ids.Ids`
+    rejected.json          [position, name, cause] of every image that could not be used
 
-Writing holds one shard in memory, whatever the size of the data. Reading maps each shard once:
-image i is then a slice of memory, and no file is opened or parsed per sample. The offset of the
-pixels is read from the safetensors header: 8 bytes of length, JSON, then data.
+Reading maps each shard once, when it is first needed: image i is then a slice of memory, and no
+file is opened or parsed per sample. Labels and names are mapped too: a million open in a moment.
 
-Statistics are per channel, of pixels as networks see them: x = u / 127.5 - 1.
+`DataSet.sample` gives what a network learns from, whichever kind is stored: x = u / 127.5 - 1 of
+pixels u, and x = (z - m) / s of latents z drawn from their posteriors.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,85 +26,115 @@ import torch
 from torch import Tensor
 
 from stratagem import artifact
+from stratagem.data.images import to_float
+from stratagem.data.latents import Posterior, Statistics
 from stratagem.errors import DamagedArtifact, InputError
-from stratagem.randomness import permutation
+from stratagem.memory.ids import Ids
 
-__all__ = ["DataSet", "Sample", "write_dataset"]
+__all__ = ["KIND", "Columns", "DataSet", "Rows", "shard_name"]
 
 KIND = "dataset"
-_SHARD_BYTES = 1 << 26
+_SUMMED_BYTES = 1 << 30  # shards of more than this in all are not read through at every opening
+
+Columns = Mapping[str, Sequence[Tensor]]
+"""Name of a tensor of a shard -> one tensor (n, ...) per side, the mirrored one second."""
 
 
-class Sample(NamedTuple):
-    """One image on its way into a data set.
+class Rows(NamedTuple):
+    """What is known of each image.
 
     Attributes:
-        image: Pixels, shape (C, H, W), uint8.
-        label: Index of its class, or -1.
-        name: Where it came from.
+        labels: Class indices, shape (N,), int64, -1 where unknown.
+        held_out: True for images that no training step may see, shape (N,), bool.
+        names: Where each image came from.
     """
 
-    image: Tensor
-    label: int
-    name: str
+    labels: Tensor
+    held_out: Tensor
+    names: Ids
 
 
 class DataSet:
     """A finished data set, opened by `DataSet.open`.
 
-    Attributes:
+    Args:
         path: The folder.
+        fingerprint: SHA-256 of the content.
+        meta: What its manifest says.
+        rows: What is known of each image.
+        shards: Gives the tensors of a shard by its number.
+        opener: Opens it again in another process.
+
+    Attributes:
         num: Number of images N.
-        shape: (C, H, W) of every image.
-        labels: Class indices, shape (N,), int64, -1 where unknown.
-        held_out: True for images that no training step may see, shape (N,), bool.
-        names: Where each image came from.
+        kind: "images" or "latents".
+        shape: (C, H, W) of what a network learns from: of every image, or latent.
+        image_shape: (C, H, W) of every image.
+        autoencoder: Description of what made the latents; None for images, empty if not known.
+        origin: Fingerprint of the data set whose rows these are: its own, or of latents that of the
+            images. A memory bank is bound to it.
+        labels: See `Rows`.
+        held_out: See `Rows`.
+        names: See `Rows`.
         classes: Names of the classes.
         flip: Whether horizontal mirror images are as good as the images.
-        mean: Per-channel mean of x in [-1, 1].
-        std: Per-channel standard deviation of x in [-1, 1].
-        rejected: (name, cause) of the images that could not be used.
-        fingerprint: SHA-256 of the content.
+        statistics: Per-channel mean and standard deviation of x in [-1, 1], or of latents z.
     """
 
-    def __init__(self, path: Path, manifest: artifact.Manifest) -> None:
-        """Maps the files of a checked manifest; use `DataSet.open`."""
-        meta = manifest.meta
+    def __init__(
+        self,
+        path: Path,
+        fingerprint: str,
+        meta: Mapping[str, Any],
+        rows: Rows,
+        shards: Callable[[int], Columns],
+        opener: Callable[[Path, bool], DataSet],
+    ) -> None:
+        """Takes over mapped files; use `DataSet.open`."""
         self.path = path
-        self.fingerprint = manifest.fingerprint
+        self.fingerprint = fingerprint
         self.num: int = meta["num"]
-        channels, height, width = meta["shape"]
-        self.shape: tuple[int, int, int] = (channels, height, width)
+        self.kind: str = meta["kind"]
+        self.shape = _triple(meta["shape"])
+        self.image_shape = _triple(meta.get("image_shape", meta["shape"]))
+        self.autoencoder: dict[str, Any] | None = meta.get("autoencoder")
+        self.origin: str = meta.get("images") or fingerprint
         self.classes: list[str] = meta["classes"]
         self.flip: bool = meta["flip"]
         self.source: str = meta["source"]
-        self.mean: list[float] = meta["mean"]
-        self.std: list[float] = meta["std"]
-        tensors = artifact.read_tensor_file(path / "labels.safetensors")
-        self.labels, self.held_out = tensors["labels"], tensors["held_out"]
-        self.names: list[str] = json.loads((path / "names.json").read_text())
-        rejected = json.loads((path / "rejected.json").read_text())
-        self.rejected: list[tuple[str, str]] = [(name, cause) for name, cause in rejected]
+        self.statistics = Statistics(meta["mean"], meta["std"])
+        self.labels, self.held_out, self.names = rows
         self._starts = torch.tensor([0, *itertools.accumulate(meta["shards"])])
-        self._shards = [
-            _map_images(path / _shard_name(number), (count, *self.shape))
-            for number, count in enumerate(meta["shards"])
-        ]
+        self._shard = shards
+        self._opener = opener
 
     @classmethod
     def open(cls, path: Path, verify: bool = True) -> DataSet:
-        """Opens a data set; with `verify`, every file is read once and its sum compared.
+        """Opens a data set; with `verify`, files are read once and their sums compared.
+
+        Shards of more than 1 GiB in all are not: training would wait for minutes. Their sizes are
+        compared, as always.
 
         Raises:
             InputError: If there is no data set at `path`.
             DamagedArtifact: If a file is missing, truncated or altered.
         """
         path = Path(path)
-        return cls(path, artifact.read_folder(path, KIND, verify=verify))
+        manifest = artifact.read_folder(path, KIND, verify=False)
+        small = sum(entry["bytes"] for entry in manifest.files.values()) <= _SUMMED_BYTES
+        if verify:
+            artifact.read_folder(path, KIND, verify=lambda name: small or not _is_shard(name))
+        meta = manifest.meta
+        columns = artifact.read_tensor_file(path / "labels.safetensors")
+        names = artifact.read_tensor_file(path / "names.safetensors")
+        rows = Rows(columns["labels"], columns["held_out"], Ids(names["block"], names["ends"]))
+        shards = functools.cache(functools.partial(_map_shard, path, meta))
+        shards(0)
+        return cls(path, manifest.fingerprint, meta, rows, shards, cls.open)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travels to another process as its path: the pixels are mapped there, not copied."""
-        return DataSet.open, (self.path, False)
+        return self._opener, (self.path, False)
 
     def images(self, indices: Tensor) -> Tensor:
         """Returns copies of images in the order asked for, shape (B, C, H, W), uint8.
@@ -114,22 +143,89 @@ class DataSet:
             indices: Any images, repeats allowed, shape (B,), int64.
 
         Raises:
+            InputError: If an index is negative or not below `num`, or these are latents.
+        """
+        self.require_images()
+        return self._take("images", indices)
+
+    def require_images(self) -> None:
+        """Raises InputError if the data set holds latents."""
+        if self.kind != "images":
+            raise InputError(
+                f"{self.path} holds latents, not images: give the data set of images that they "
+                f"were made of ({self.origin[:12]})"
+                if self.origin != self.fingerprint
+                else f"{self.path} holds latents, not images: give the folder that they were made "
+                "from with --images, or a data set of images made of it"
+            )
+
+    def sample(self, indices: Tensor, flip: Tensor, noise: Callable[[], Tensor]) -> Tensor:
+        """Returns what a network learns from, shape (B, *shape), float32.
+
+        Args:
+            indices: Any images, shape (B,), int64.
+            flip: Which of them to mirror, shape (B,), bool; none if `self.flip` is false.
+            noise: Gives standard normal noise (B, *shape), float32, for the posteriors of latents;
+                not called for pixels.
+
+        Raises:
             InputError: If an index is negative or not below `num`.
         """
+        if self.kind == "images":
+            x = to_float(self.images(indices))
+            return torch.where(flip[:, None, None, None], x.flip(-1), x)
+        return self.statistics.standardise(self.latents(indices, flip, noise))
+
+    def latents(self, indices: Tensor, flip: Tensor, noise: Callable[[], Tensor]) -> Tensor:
+        """Returns latents z as the autoencoder takes them, shape (B, *shape), float32.
+
+        Args:
+            indices: Any images, shape (B,), int64.
+            flip: Which of them to mirror, shape (B,), bool; none if `self.flip` is false.
+            noise: Gives standard normal noise like z, for posteriors with a standard deviation.
+        """
+        assert self.flip or not flip.any(), "this data set may not be mirrored"
+        mean = self._take("mean", indices, flip)
+        if "std" not in self._shard(0):
+            return mean.float()
+        return Posterior(mean, self._take("std", indices, flip)).draw(noise())
+
+    def _take(self, name: str, indices: Tensor, flip: Tensor | None = None) -> Tensor:
+        """Gathers rows of a tensor of the shards, of the mirrored side where flip (B,) is true."""
         wrong = indices[(indices < 0) | (indices >= self.num)]
         if len(wrong):
             raise InputError(f"no image {int(wrong[0])} in {self.path}: it has 0 to {self.num - 1}")
-        out = torch.empty((len(indices), *self.shape), dtype=torch.uint8)
-        shards = torch.bucketize(indices, self._starts[1:], right=True)
-        for shard in shards.unique().tolist():
-            here = shards == shard
-            out[here] = self._shards[shard][indices[here] - self._starts[shard]]
+        like = self._shard(0)[name][0]
+        out = torch.empty((len(indices), *like.shape[1:]), dtype=like.dtype)
+        sides = torch.zeros_like(indices) if flip is None else flip.long()
+        places = 2 * torch.bucketize(indices, self._starts[1:], right=True) + sides
+        for place in places.unique().tolist():
+            here, shard = (places == place).nonzero().flatten(), place // 2
+            rows = indices[here] - self._starts[shard]
+            side = self._shard(shard)[name][place % 2].numpy()  # gathers rows faster than torch
+            out.numpy()[here.numpy()] = side[rows.numpy()]
         return out
 
     def batches(self, size: int, first: int = 0) -> Iterator[Tensor]:
         """Yields the images from `first` on, in order, (size, C, H, W) each but the last, uint8."""
         for start in range(first, self.num, size):
             yield self.images(torch.arange(start, min(start + size, self.num)))
+
+    @functools.cached_property
+    def rejected(self) -> list[tuple[str, str]]:
+        """(name, cause) of the images that could not be used."""
+        return [(name, cause) for _, name, cause in self._rejects]
+
+    def position(self, index: int) -> int:
+        """Returns how many items, usable or not, come before an image in the source."""
+        for position, _, _ in self._rejects:
+            index += position <= index
+        return index
+
+    @functools.cached_property
+    def _rejects(self) -> list[tuple[int, str, str]]:
+        file = self.path / "rejected.json"
+        return artifact.load_json(file) if file.is_file() else []
 
     @functools.cached_property  # asked for at every training step
     def train_indices(self) -> Tensor:
@@ -142,157 +238,32 @@ class DataSet:
         return self.held_out.nonzero().flatten()
 
 
-def write_dataset(
-    path: Path,
-    samples: Iterable[Sample],
-    *,
-    classes: Sequence[str],
-    source: str,
-    flip: bool,
-    holdout: float = 0.0,
-    seed: int = 0,
-    shard_size: int | None = None,
-    rejected: Sequence[tuple[str, str]] = (),
-    progress: Callable[[int], None] | None = None,
-) -> DataSet:
-    """Writes a data set while its samples stream by, and opens it.
-
-    Args:
-        path: The folder to make.
-        samples: Images of one shape; read once.
-        classes: Names of the classes, indexed by the labels.
-        source: What the images are, for the metadata.
-        flip: Whether training may mirror them; never so for digits or letters.
-        holdout: Fraction of the images that training never sees, drawn at random by `seed`.
-        seed: Seed of that draw.
-        shard_size: Images per shard; by default as many as fill 64 MiB.
-        rejected: (name, cause) of unusable images; read when `samples` is exhausted.
-        progress: Called after each image with the number written so far.
-
-    Raises:
-        InputError: If there are no images, their shapes differ, a label has no class, `holdout`
-            is outside [0, 1) or leaves nothing to train on, or `path` exists.
-    """
-    if not 0 <= holdout < 1:
-        raise InputError(f"holdout is {holdout}: it must be at least 0 and less than 1")
-    meta: dict[str, Any] = {
-        "classes": list(classes),
-        "source": source,
-        "flip": bool(flip),
-        "holdout": holdout,
-        "seed": seed,
-    }
-    path = Path(path)
-    with artifact.write_folder(path, KIND, meta) as folder:
-        writer = _Writer(folder, len(classes), shard_size)
-        for sample in samples:
-            writer.add(sample)
-            if progress is not None:
-                progress(len(writer.names))
-        writer.flush()
-        if not writer.names:
-            raise InputError(_why_empty(source, rejected))
-        labels = torch.tensor(writer.labels, dtype=torch.int64)
-        tensors = {"labels": labels, "held_out": _hold_out(len(labels), holdout, seed)}
-        artifact.write_tensor_file(folder / "labels.safetensors", tensors)
-        (folder / "names.json").write_text(json.dumps(writer.names, indent=0) + "\n")
-        (folder / "rejected.json").write_text(json.dumps(list(rejected), indent=0) + "\n")
-        meta.update(writer.summary(), num_rejected=len(rejected))
-    return DataSet.open(path, verify=False)
+def shard_name(kind: str, number: int) -> str:
+    """Returns the name of a shard's file; kind is that of the data set."""
+    return f"{kind}-{number:05d}.safetensors"
 
 
-class _Writer:
-    """Collects samples into shards and sums their statistics in exact integers."""
+def _is_shard(name: str) -> bool:
+    return name.startswith(("images-", "latents-"))
 
-    def __init__(self, folder: Path, num_classes: int, shard_size: int | None) -> None:
-        self.names: list[str] = []
-        self.labels: list[int] = []
-        self._folder = folder
-        self._num_classes = num_classes
-        self._shard_size = shard_size
-        self._pending: list[Tensor] = []
-        self._counts: list[int] = []
-        self._shape: tuple[int, ...] = ()
 
-    def add(self, sample: Sample) -> None:
-        """Takes one sample; writes a shard when enough are pending."""
-        image = sample.image
-        assert image.dtype == torch.uint8, image.dtype
-        assert image.ndim == 3, image.shape
-        if not self._shape:
-            self._shape = tuple(image.shape)
-            self._shard_size = self._shard_size or max(1, _SHARD_BYTES // image.nbytes)
-            self._sums = torch.zeros(len(image), dtype=torch.int64)
-            self._squares = torch.zeros(len(image), dtype=torch.int64)
-        if tuple(image.shape) != self._shape:
-            raise InputError(
-                f"{sample.name} has shape {tuple(image.shape)}, the images before it "
-                f"{self._shape}: all images of a data set have one shape"
+def _triple(shape: Sequence[int]) -> tuple[int, int, int]:
+    channels, height, width = shape
+    return channels, height, width
+
+
+def _map_shard(path: Path, meta: Mapping[str, Any], number: int) -> Columns:
+    """Maps the tensors of a shard and splits those of latents into sides."""
+    file, count = path / shard_name(meta["kind"], number), meta["shards"][number]
+    found = artifact.read_tensor_file(file)
+    shape, sides = tuple(meta["shape"]), 2 if meta["flip"] else 1
+    pixels = meta["kind"] == "images"
+    wanted = (count, *shape) if pixels else (count, sides, *shape)
+    dtype = torch.uint8 if pixels else torch.float16
+    for name in ["images"] if pixels else meta["posterior"]:
+        tensor = found.get(name)
+        if tensor is None or tuple(tensor.shape) != wanted or tensor.dtype != dtype:
+            raise DamagedArtifact(
+                f"{file} is damaged: it does not hold {name} {wanted} {dtype}: rebuild it"
             )
-        if not -1 <= sample.label < self._num_classes:
-            raise InputError(
-                f"{sample.name} has label {sample.label}: there are {self._num_classes} classes"
-            )
-        self._pending.append(image)
-        self.names.append(sample.name)
-        self.labels.append(sample.label)
-        if len(self._pending) == self._shard_size:
-            self.flush()
-
-    def flush(self) -> None:
-        """Writes the pending images, if any, as a shard."""
-        if not self._pending:
-            return
-        images = torch.stack(self._pending)
-        self._pending = []
-        for image in images:  # one at a time: int64 copies of a whole shard would be large
-            wide = image.flatten(1).long()
-            self._sums += wide.sum(1)
-            self._squares += (wide * wide).sum(1)
-        file = self._folder / _shard_name(len(self._counts))
-        artifact.write_tensor_file(file, {"images": images})
-        self._counts.append(len(images))
-
-    def summary(self) -> dict[str, Any]:
-        """Returns what the manifest says of the images."""
-        area = len(self.names) * math.prod(self._shape[1:])
-        means = [total / area for total in self._sums.tolist()]
-        # N sum u^2 - (sum u)^2 in integers: no cancellation, constant images get exactly 0
-        pairs = zip(self._sums.tolist(), self._squares.tolist(), strict=True)
-        stds = [math.sqrt(area * square - total * total) / area for total, square in pairs]
-        return {
-            "num": len(self.names),
-            "shape": list(self._shape),
-            "shards": self._counts,
-            "mean": [mean / 127.5 - 1 for mean in means],
-            "std": [std / 127.5 for std in stds],
-        }
-
-
-def _hold_out(num: int, fraction: float, seed: int) -> Tensor:
-    """Marks round(fraction * num) images, drawn without replacement, shape (num,), bool."""
-    count = round(fraction * num)
-    if count == num:
-        raise InputError(f"holdout {fraction} of {num} images leaves none to train on")
-    held_out = torch.zeros(num, dtype=torch.bool)
-    held_out[permutation(num, seed, "holdout")[:count]] = True
-    return held_out
-
-
-def _shard_name(number: int) -> str:
-    return f"images-{number:05d}.safetensors"
-
-
-def _why_empty(source: str, rejected: Sequence[tuple[str, str]]) -> str:
-    if not rejected:
-        return f"no images in {source}: a data set needs at least one"
-    name, cause = rejected[0]
-    return f"none of the {len(rejected)} images in {source} can be used; {name}: {cause}"
-
-
-def _map_images(file: Path, shape: tuple[int, ...]) -> Tensor:
-    """Maps the tensor "images" of a shard, shape (n, C, H, W), uint8."""
-    images = artifact.read_tensor_file(file).get("images")
-    if images is None or tuple(images.shape) != shape or images.dtype != torch.uint8:
-        raise DamagedArtifact(f"{file} is damaged: it does not hold {shape} uint8: rebuild it")
-    return images
+    return {name: (t,) if pixels else t.unbind(1) for name, t in found.items()}

@@ -1,35 +1,35 @@
 """`stratagem bank ...`: a memory bank is built, compressed, edited and searched.
 
-    images -> the shape of the bank's own images -> the bank's own encoder -> rows
+    data set -> encoder -> bank -> bank', which knows what was done to which bank
 
-Images that are added or searched for go the way that the images of the build went: the bank says
-which encoder made it and of what shape, and another version of that encoder is refused.
+Images that are added or searched for go the way that the images of the build went, see
+`bank_images`. Banks of DINOv2 and DINOv3 need the weights again for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stratagem.artifact import refuse_existing
-from stratagem.data.images import BadImage, find_images, load_image
+from stratagem.data.datasets import reread
 from stratagem.data.shards import DataSet
-from stratagem.encoders import Encoder, build_encoder
+from stratagem.encoders import Encoder, Pool, build_encoder
 from stratagem.errors import InputError
-from stratagem.interop.banks import read_bank, read_vectors
+from stratagem.interop.banks import read_bank
 from stratagem.memory import edit
 from stratagem.memory.bank import MemoryBank
 from stratagem.memory.build import build
 from stratagem.memory.compress import Fidelity, Format, compress, fidelity
-from stratagem.memory.ids import Ids
 from stratagem.memory.interpolate import Way
 from stratagem.memory.search import nearest, rows_near
 from stratagem.memory.store import blank
-from stratagem.programs import Progress, silent
+from stratagem.programs import Device, Progress, device_of, silent
+from stratagem.programs.bank_images import encode_files, encode_images, rows_of_file
 
 __all__ = [
     "Added",
@@ -44,7 +44,6 @@ __all__ = [
     "remove_from_bank",
 ]
 
-_BATCH = 64  # images encoded at once
 _TENSORS = {".pth", ".pt", ".safetensors"}
 
 
@@ -80,21 +79,18 @@ class Neighbours(NamedTuple):
     ids: list[list[str]]
 
 
-class _Encoded(NamedTuple):
-    """Vectors (n, F, D) of images, their names, and (name, cause) of unusable files."""
-
-    vectors: Tensor
-    names: list[str]
-    rejected: list[tuple[str, str]]
-
-
 def build_bank(
     data: Path,
     out: Path,
     *,
-    encoder: str,
+    encoder: str | Encoder,
+    weights: str | None = None,
+    size: int | None = None,
+    pool: Pool | None = None,
+    images: str | None = None,
     form: Format = "float16",
     batch_size: int = 256,
+    device: Device = "auto",
     progress: Progress = silent,
 ) -> MemoryBank:
     """Builds the bank of a data set, or the rest of one that was stopped.
@@ -104,31 +100,58 @@ def build_bank(
     Args:
         data: The data set artifact.
         out: The bank's file.
-        encoder: Name of the frozen encoder.
+        encoder: The frozen encoder, or its name.
+        weights: Of a named one, as are the next two and the device: see `build_encoder`.
+        size: Side to which it scales images.
+        pool: How its tokens become one vector.
+        images: Of a data set of latents, the folder that they were prepared from.
         form: How vectors are stored; low-rank needs a bank first, see `compress_bank`.
         batch_size: Images encoded at once.
+        device: Where it runs.
         progress: Called with the number of images done and of all.
 
     Raises:
-        InputError: If the data is missing, the encoder unknown, or `out` exists.
+        InputError: If the data is missing or holds no images, the encoder is unknown or lacks its
+            weights, or `out` exists.
     """
     refuse_existing(out, replace=False)  # said before the work, not after it
     if form == "low-rank":
         raise InputError("low rank is found from a whole bank: build one, then  bank compress")
-    images = DataSet.open(data)
-    encode = build_encoder(encoder, images.shape)
+    rows = DataSet.open(data)
+    batches = _images(rows, images, batch_size)
+    if isinstance(encoder, str):
+        encode = build_encoder(
+            encoder,
+            rows.image_shape,
+            size=size,
+            pool=pool,
+            weights=weights,
+            device=device_of(device),
+        )
+    elif (weights, size, pool) == (None, None, None):
+        encode = encoder
+    else:
+        raise InputError("weights, size and pool have no effect on an encoder that is one already")
     frame = MemoryBank(
-        blank(images.num, 2 if images.flip else 1, encode.dim, form),
-        images.labels,
-        images.held_out,
+        blank(rows.num, 2 if rows.flip else 1, encode.dim, form),
+        rows.labels,
+        rows.held_out,
         encode.description(),
-        images.fingerprint,
-        Ids.of(images.names),
-        shape=images.shape,
+        rows.origin,
+        rows.names,
+        shape=rows.image_shape,
     )
-    return build(
-        out, frame, lambda done: images.batches(batch_size, done), encode, progress=progress
-    )
+    return build(out, frame, batches, lambda part: encode(part).cpu(), progress=progress)
+
+
+def _images(data: DataSet, source: str | None, size: int) -> Callable[[int], Iterator[Tensor]]:
+    """Returns what gives the images from one on, in batches."""
+    if source is None:
+        data.require_images()
+        return lambda done: data.batches(size, done)
+    if data.kind == "images":
+        raise InputError(f"--images has no effect: {data.path} holds its images")
+    return reread(data, source, size)
 
 
 def import_bank(
@@ -181,7 +204,13 @@ def compress_bank(
 
 
 def add_to_bank(
-    path: Path, source: Path, out: Path, *, label: int = -1, progress: Progress = silent
+    path: Path,
+    source: Path,
+    out: Path,
+    *,
+    label: int = -1,
+    weights: str | None = None,
+    progress: Progress = silent,
 ) -> Added:
     """Adds images, or vectors that the bank's encoder made, to a bank.
 
@@ -190,6 +219,7 @@ def add_to_bank(
         source: A folder of images, an image, or a .pth, .pt or .safetensors file of one tensor.
         out: The new bank.
         label: Class of the new rows.
+        weights: Of the bank's encoder, where it needs them, see `bank_images`.
         progress: Called with the number of images done and of all.
 
     Raises:
@@ -197,7 +227,11 @@ def add_to_bank(
     """
     refuse_existing(out, replace=False)
     bank = MemoryBank.load(path)
-    new = _rows(source) if source.suffix in _TENSORS else _encode(bank, source, progress)
+    if source.suffix in _TENSORS:
+        _refuse_weights(weights, "vectors")
+        new = rows_of_file(source)
+    else:
+        new = encode_files(bank, source, weights, progress)
     labels = torch.full((len(new.vectors),), label)
     lost = edit.residuals(bank, new.vectors)
     entry = {"source": source.name}
@@ -213,6 +247,7 @@ def remove_from_bank(
     label: int | None = None,
     like: Path | None = None,
     cosine: float | None = None,
+    weights: str | None = None,
     progress: Progress = silent,
 ) -> tuple[MemoryBank, int]:
     """Removes rows by names, by a label, or by nearness to images; exactly one of these.
@@ -224,6 +259,7 @@ def remove_from_bank(
         label: A class.
         like: An image or a folder of them: rows near to any of them go.
         cosine: How near, with `like`.
+        weights: Of the bank's encoder, where it needs them, see `bank_images`.
         progress: Called with the number of images encoded and of all.
 
     Returns:
@@ -236,13 +272,15 @@ def remove_from_bank(
     bank = MemoryBank.load(path)
     rows = []
     entry: dict[str, Any] = {}
+    if like is None:
+        _refuse_weights(weights, "no --like IMAGES")
     if ids:
         rows, entry = [edit.rows_of_ids(bank, ids)], {"ids": sorted(ids)}
     if label is not None:
         rows.append(edit.rows_of_label(bank, label))
         entry["label"] = label
     if like is not None and cosine is not None:
-        rows.append(rows_near(bank, _encode(bank, like, progress).vectors[:, 0], cosine))
+        rows.append(rows_near(bank, encode_images(bank, like, weights, progress), cosine))
         entry |= {"like": like.name, "cosine": cosine}
     if len(rows) != 1 or (like is None) != (cosine is None):
         raise InputError("remove by one of: --ids NAMES; --label N; --like IMAGES --cosine C")
@@ -291,7 +329,12 @@ def interpolate_bank(
 
 
 def nearest_in_bank(
-    path: Path, source: Path, num: int, *, progress: Progress = silent
+    path: Path,
+    source: Path,
+    num: int,
+    *,
+    weights: str | None = None,
+    progress: Progress = silent,
 ) -> Neighbours:
     """Finds the rows nearest to images.
 
@@ -299,13 +342,14 @@ def nearest_in_bank(
         path: The bank.
         source: An image or a folder of them.
         num: Rows per image.
+        weights: Of the bank's encoder, where it needs them, see `bank_images`.
         progress: Called with the number of images encoded and of all.
 
     Raises:
         InputError: If no image can be used, or there are fewer rows than wanted.
     """
     bank = MemoryBank.load(path)
-    found = _encode(bank, source, progress)
+    found = encode_files(bank, source, weights, progress)
     cosines, rows = nearest(bank, found.vectors[:, 0], num)
     ids = [[bank.ids[row] for row in line] for line in rows.tolist()]
     return Neighbours(found.names, cosines, rows, ids)
@@ -317,66 +361,6 @@ def _save(bank: MemoryBank, out: Path, progress: Progress = silent) -> MemoryBan
     return MemoryBank.load(out, verify=False)
 
 
-def _rows(source: Path) -> _Encoded:
-    vectors = read_vectors(source)
-    names = [f"{source.stem}/{row}" for row in range(len(vectors))]
-    return _Encoded(vectors if vectors.ndim == 3 else vectors[:, None], names, [])
-
-
-def _encode(bank: MemoryBank, source: Path, progress: Progress) -> _Encoded:
-    """Encodes images as those of the bank were; unusable files are left out and named."""
-    encode, size, channels = _encoder(bank)
-    if source.is_file():
-        files = [(source, source.name)]
-    else:
-        listing = find_images(source)
-        files = [(path, listing.name(number)) for number, path in enumerate(listing.paths)]
-    vectors: list[Tensor] = []
-    names: list[str] = []
-    rejected: list[tuple[str, str]] = []
-    for start in range(0, len(files), _BATCH):
-        images = []
-        for path, name in files[start : start + _BATCH]:
-            try:
-                images.append(load_image(path, size, channels))
-                names.append(name)
-            except BadImage as error:
-                rejected.append((name, str(error)))
-        if images:
-            batch = torch.stack(images)
-            sides = [batch, batch.flip(-1)][: bank.store.sides]
-            vectors.append(torch.stack([encode(side).cpu() for side in sides], dim=1))
-        progress(min(start + _BATCH, len(files)), len(files))
-    if not vectors:
-        name, cause = rejected[0]
-        raise InputError(f"no image in {source} can be used; {name}: {cause}")
-    return _Encoded(torch.cat(vectors), names, rejected)
-
-
-def encode_images(bank: MemoryBank, source: Path, progress: Progress = silent) -> Tensor:
-    """Returns the vectors of an image or a folder of them by the bank's encoder, (Q, D).
-
-    Raises:
-        InputError: If no image can be used, or the bank does not say how it was made.
-    """
-    return _encode(bank, source, progress).vectors[:, 0]
-
-
-def _encoder(bank: MemoryBank) -> tuple[Encoder, int, Literal[1, 3]]:
-    """Returns the encoder that made a bank, and side and channels of the images it saw."""
-    if bank.shape is None:
-        raise InputError(
-            "the bank does not say of what images it was made (it was imported, or merged from "
-            "two kinds): give vectors in a .pth or .safetensors file instead of images"
-        )
-    channels, height, width = bank.shape
-    if height != width or channels not in (1, 3):
-        raise InputError(f"the bank was made of {channels}x{height}x{width}, not of square images")
-    name, size = str(bank.encoder.get("name")), bank.encoder.get("size")
-    encode = build_encoder(name, bank.shape, size=size)
-    if encode.description() != bank.encoder:
-        raise InputError(
-            f"the bank was made by another version of encoder {name} than is installed: build the "
-            "bank again"
-        )
-    return encode, height, 1 if channels == 1 else 3
+def _refuse_weights(weights: str | None, why: str) -> None:
+    if weights is not None:
+        raise InputError(f"--encoder-weights has no effect with {why}: leave it out")

@@ -1,0 +1,364 @@
+"""Writing a data set while its images stream by, whatever their number.
+
+    items -> pending images -> codec -> shard and note -> ... -> labels, names, manifest
+
+Memory holds one shard. What a shard says of its images (labels, names, sums for the statistics,
+how many items it took) stands in a note beside it, written after the shard is on the disk. A
+writing that was stopped or killed goes on after the last note, with the same result, bit for bit,
+for a codec sees the images in the same groups. Notes are gone at the end.
+
+An item is an image, or one that cannot be used, in its place: so a position in the source is the
+number of items before it.
+
+A codec says what is stored: see `data.codecs`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stratagem import artifact
+from stratagem.artifact.manifest import flush, sum_of
+from stratagem.data.codecs import Codec, PixelCodec
+from stratagem.data.latents import Moments
+from stratagem.data.shards import KIND, DataSet, shard_name
+from stratagem.errors import InputError
+from stratagem.memory.ids import Ids
+from stratagem.randomness import permutation
+
+__all__ = [
+    "Items",
+    "Rejected",
+    "Sample",
+    "Source",
+    "disk_bytes",
+    "items_of",
+    "require_room",
+    "write_dataset",
+]
+
+_SHARD_BYTES = 1 << 26  # of pixels
+_NOTES = ".rows-*.json"
+_ROW_BYTES = 128  # label, name, and place in the name block of one image, generously
+
+Items = Iterable["Sample | Rejected"]
+
+
+class Sample(NamedTuple):
+    """One image on its way into a data set.
+
+    Attributes:
+        image: Pixels, shape (C, H, W), uint8.
+        label: Index of its class, or -1.
+        name: Where it came from.
+    """
+
+    image: Tensor
+    label: int
+    name: str
+
+
+class Rejected(NamedTuple):
+    """An image that cannot be used, in its place among the samples.
+
+    Attributes:
+        name: Where it came from.
+        cause: Why, in one line.
+    """
+
+    name: str
+    cause: str
+
+
+class Source(NamedTuple):
+    """Where a data set comes from.
+
+    Attributes:
+        name: What the images are, for the metadata.
+        classes: Names of the classes, indexed by the labels.
+        items: The images, of one shape, and those that cannot be used; read once. Given as a
+            function of the number of items to skip, a writing that was stopped can go on.
+        origin: What identifies the items to one that goes on.
+        total: Number of items, where it is known.
+    """
+
+    name: str
+    classes: Sequence[str]
+    items: Items | Callable[[int], Items]
+    origin: str = ""
+    total: int | None = None
+
+
+def write_dataset(
+    path: Path,
+    source: Source,
+    *,
+    flip: bool,
+    holdout: float = 0.0,
+    seed: int = 0,
+    held_out: Tensor | None = None,
+    codec: Codec | None = None,
+    shard_size: int | None = None,
+    announce: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> DataSet:
+    """Writes a data set while its images stream by, and opens it.
+
+    Args:
+        path: The folder to make.
+        source: The images.
+        flip: Whether training may mirror them; never so for digits or letters.
+        holdout: Fraction of the images that training never sees, drawn at random by `seed`.
+        seed: Seed of that draw.
+        held_out: Instead of that draw, the images that training never sees, shape (N,), bool.
+        codec: What is stored of the images; by default their pixels.
+        shard_size: Images per shard; by default as many as have 64 MiB of pixels, of latents 512 at
+            most, since those of an unfinished shard are made again.
+        announce: Called before the first image with the bytes to be written, if the source has a
+            total.
+        progress: Called after each item with the number of items done.
+
+    Raises:
+        InputError: If there are no images, their shapes differ, a label has no class, `holdout`
+            is outside [0, 1) or leaves nothing to train on, the disk is too small, `path` exists,
+            or there is an unfinished data set of other images or settings.
+    """
+    if not 0 <= holdout < 1:
+        raise InputError(f"holdout is {holdout}: it must be at least 0 and less than 1")
+    meta: dict[str, Any] = {
+        "classes": list(source.classes),
+        "source": source.name,
+        "flip": bool(flip),
+        "holdout": holdout,
+        "seed": seed,
+    }
+    path, codec = Path(path), PixelCodec() if codec is None else codec
+    place = artifact.fingerprint([meta, codec.kind, source.origin, source.total, shard_size])
+    resumable = callable(source.items)
+
+    def begin(shape: Sequence[int]) -> None:
+        if source.total is not None:
+            needed = disk_bytes(source.total - skipped, codec, shape)
+            if announce is not None:
+                announce(needed)
+            require_room(path, needed)
+
+    with artifact.write_folder(path, KIND, meta, origin=place if resumable else None) as folder:
+        writer = _Writer(folder, codec, len(source.classes), shard_size, begin)
+        skipped = writer.done
+        items = source.items(skipped) if callable(source.items) else source.items
+        for item in items:
+            writer.add(item)
+            if progress is not None:
+                progress(writer.done)
+        meta.update(writer.finish(source.name))
+        held = _hold_out(meta["num"], holdout, seed) if held_out is None else held_out
+        columns = {"labels": writer.labels(), "held_out": held}
+        artifact.write_tensor_file(folder / "labels.safetensors", columns)
+    for note in path.glob(_NOTES):
+        note.unlink()
+    return DataSet.open(path, verify=False)
+
+
+def disk_bytes(num: int, codec: Codec, shape: Sequence[int]) -> int:
+    """Returns about how many bytes a data set of num images of a shape (C, H, W) takes.
+
+    Example:
+        >>> disk_bytes(1000, PixelCodec(), (3, 256, 256))
+        196736000
+    """
+    return num * (codec.nbytes(shape) + _ROW_BYTES)
+
+
+def items_of(data: DataSet, first: int = 0) -> Iterator[Sample]:
+    """Yields the images of a data set from `first` on, as samples for another one."""
+    numbers = itertools.count(first)
+    for batch in data.batches(64, first):
+        for image, number in zip(batch, numbers, strict=False):
+            yield Sample(image, int(data.labels[number]), data.names[number])
+
+
+class _Writer:
+    """Collects items into shards, each with a note of its images, and goes on after the last note.
+
+    Notes begin with a dot, so that they are no part of the artifact.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        codec: Codec,
+        num_classes: int,
+        shard_size: int | None,
+        begin: Callable[[Sequence[int]], None],
+    ) -> None:
+        self._folder, self._codec = folder, codec
+        self._num_classes = num_classes
+        self._shard_size = shard_size
+        self._begin = begin
+        self._begun = False
+        self._pending: list[Sample] = []  # not yet encoded
+        self._encoded: list[dict[str, Tensor]] = []
+        self._labels: list[int] = []
+        self._names: list[str] = []
+        self._rejected: list[tuple[int, str, str]] = []
+        self._counts: list[int] = []
+        self._moments = Moments(0, [], [])
+        self._shape: tuple[int, ...] = ()
+        self.done = 0
+        self._drop_damaged()
+        for note in self._notes():
+            self._count(note)
+
+    def add(self, item: Sample | Rejected) -> None:
+        """Takes one item; writes a shard when enough images are pending."""
+        self.done += 1
+        if isinstance(item, Rejected):
+            self._rejected.append((self.done - 1, *item))
+            return
+        self._check(item)
+        self._pending.append(item)
+        self._labels.append(item.label)
+        self._names.append(item.name)
+        if len(self._pending) == self._codec.batch_size:
+            self._encode()
+        if len(self._names) == self._most(item.image):
+            self._flush()
+
+    def finish(self, source: str) -> dict[str, Any]:
+        """Writes what is pending, names and rejects; returns what the manifest says of them."""
+        if self._names or self._rejected:
+            self._flush()
+        rejected = [entry for note in self._notes() for entry in note["rejected"]]
+        if not self._counts:
+            raise InputError(_why_empty(source, rejected))
+        names = Ids.of(name for note in self._notes() for name in note["names"])
+        columns = {"block": names.block, "ends": names.ends}
+        artifact.write_tensor_file(self._folder / "names.safetensors", columns)
+        (self._folder / "rejected.json").write_text(json.dumps(rejected, indent=0) + "\n")
+        statistics = self._moments.statistics(self._codec.scale, self._codec.shift)
+        return {
+            **self._codec.meta(self._shape),
+            "kind": self._codec.kind,
+            "num": sum(self._counts),
+            "num_rejected": len(rejected),
+            "shards": self._counts,
+            "mean": statistics.mean,
+            "std": statistics.std,
+        }
+
+    def labels(self) -> Tensor:
+        """Returns the labels of all images, shape (N,), int64."""
+        return torch.cat([torch.tensor(note["labels"]).long() for note in self._notes()])
+
+    def _check(self, sample: Sample) -> None:
+        image = sample.image
+        self._shape = self._shape or tuple(image.shape)
+        if not self._begun:
+            self._begun = True
+            self._begin(self._shape)
+        if tuple(image.shape) != self._shape:
+            raise InputError(
+                f"{sample.name} has shape {tuple(image.shape)}, the images before it "
+                f"{self._shape}: all images of a data set have one shape"
+            )
+        if not -1 <= sample.label < self._num_classes:
+            raise InputError(
+                f"{sample.name} has label {sample.label}: there are {self._num_classes} classes"
+            )
+
+    def _flush(self) -> None:
+        """Writes the images taken in as a shard, if there are any, and then the note of them."""
+        self._encode()
+        moments, sum_ = Moments(0, [], []), None
+        if self._encoded:
+            parts, self._encoded = self._encoded, []
+            columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            moments = self._codec.moments(columns)
+            file = self._folder / shard_name(self._codec.kind, len(self._counts))
+            artifact.write_tensor_file(file, columns)
+            flush(file)
+            sum_ = sum_of(file)
+        note = {
+            "sum": sum_,
+            "done": self.done,
+            "shape": self._shape,
+            "labels": self._labels,
+            "names": self._names,
+            "rejected": self._rejected,
+            "moments": moments,
+        }
+        number = len(list(self._folder.glob(_NOTES)))
+        artifact.write_bytes(self._folder / f".rows-{number:05d}.json", json.dumps(note).encode())
+        self._labels, self._names, self._rejected = [], [], []
+        self._count(note)
+
+    def _encode(self) -> None:
+        if self._pending:
+            images = torch.stack([sample.image for sample in self._pending])
+            self._encoded.append(self._codec.columns(images))
+            self._pending = []
+
+    def _most(self, image: Tensor) -> int:
+        """Returns how many images make a shard."""
+        if self._shard_size is not None:
+            return self._shard_size
+        fitting = max(1, _SHARD_BYTES // image.nbytes)
+        return fitting if self._codec.kind == "images" else min(512, fitting)
+
+    def _count(self, note: Mapping[str, Any]) -> None:
+        if note["labels"]:
+            self._counts.append(len(note["labels"]))
+            self._moments += Moments(*note["moments"])
+        self._shape = tuple(note["shape"])
+        self.done = note["done"]
+
+    def _drop_damaged(self) -> None:
+        """Forgets the notes from the first on whose shard is not what was written."""
+        intact, shards = True, 0
+        for file in sorted(self._folder.glob(_NOTES)):
+            note = artifact.load_json(file)
+            if note["sum"] is not None:
+                shard = self._folder / shard_name(self._codec.kind, shards)
+                intact = intact and shard.is_file() and sum_of(shard) == note["sum"]
+                shards += 1
+            if not intact:
+                file.unlink()
+
+    def _notes(self) -> Iterator[dict[str, Any]]:
+        return (artifact.load_json(file) for file in sorted(self._folder.glob(_NOTES)))
+
+
+def require_room(path: Path, needed: int) -> None:
+    """Raises InputError if the disk of a file or folder to be has not so many bytes free."""
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise InputError(
+            f"{path} would take {needed / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB free: "
+            "choose another disk, or smaller images"
+        )
+
+
+def _hold_out(num: int, fraction: float, seed: int) -> Tensor:
+    """Marks round(fraction * num) images, drawn without replacement, shape (num,), bool."""
+    count = round(fraction * num)
+    if count == num:
+        raise InputError(f"holdout {fraction} of {num} images leaves none to train on")
+    held_out = torch.zeros(num, dtype=torch.bool)
+    held_out[permutation(num, seed, "holdout")[:count]] = True
+    return held_out
+
+
+def _why_empty(source: str, rejected: Sequence[Sequence[Any]]) -> str:
+    if not rejected:
+        return f"no images in {source}: a data set needs at least one"
+    _, name, cause = rejected[0]
+    return f"none of the {len(rejected)} images in {source} can be used; {name}: {cause}"
