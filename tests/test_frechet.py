@@ -7,8 +7,11 @@ import torch
 
 from stratagem.errors import InputError
 from stratagem.metrics.frechet import (
+    Interval,
     Statistics,
+    bootstrap,
     frechet_distance,
+    joined,
     merge,
     moments,
     refuse_few,
@@ -51,6 +54,8 @@ def test_merging_is_associative_and_commutative(features: torch.Tensor) -> None:
     left, right = merge(merge(a, b), c), merge(c, merge(b, a))
     assert _relative(left.cov, right.cov) < FLOAT64
     assert left.num == right.num == 500
+    assert joined(None, a) is a
+    assert joined(a, b).num == 101
 
 
 def test_no_vectors_and_non_finite_vectors_are_refused() -> None:
@@ -115,3 +120,61 @@ def test_one_vector_more_than_dimensions_is_enough() -> None:
     refuse_few(5, 4)
     with pytest.raises(InputError, match="use at least 5"):
         refuse_few(4, 4)
+
+
+def test_counted_vectors_are_repeated_vectors(features: torch.Tensor) -> None:
+    counts = torch.arange(500) % 4
+    found = moments(features, counts)
+    repeated = moments(features.repeat_interleave(counts, 0))
+    assert found.num == repeated.num == int(counts.sum())
+    assert _relative(found.mean, repeated.mean) < FLOAT64
+    assert _relative(found.cov, repeated.cov) < FLOAT64
+
+
+def test_statistics_of_unknown_number_are_not_refused(features: torch.Tensor) -> None:
+    found = moments(features)
+    published = Statistics(found.mean, found.cov, 0)
+    assert frechet_distance(moments(features[:250]), published) > 0
+    with pytest.raises(InputError, match="12 images are too few"):
+        frechet_distance(moments(features[:12]), published)
+
+
+def test_samples_of_other_gaussians_reach_the_closed_form() -> None:
+    """|d|^2 + D (1 - s)^2 for N(0, 1) and N(d, s^2) in D dimensions, but for the bias of N."""
+    a, b = normal((40_000, 4), 0, "test"), 2 * normal((40_000, 4), 1, "test") + 1
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(4 + 4, rel=0.02)
+
+
+def test_bootstrap_is_reproducible_and_about_the_distance() -> None:
+    rows, real = normal((200, 3), 0, "test"), moments(normal((5000, 3), 1, "test") + 1)
+    found, again = bootstrap(rows, real, 50), bootstrap(rows, real, 50)
+    assert found == again
+    assert found != bootstrap(rows, real, 50, seed=1)
+    distance = frechet_distance(moments(rows), real)
+    assert 0 < found.low < distance < found.high
+    assert found.high - found.low == pytest.approx(4 * found.error, rel=0.3)
+    with pytest.raises(InputError, match="at least 2"):
+        bootstrap(rows, real, 1)
+
+
+def test_bootstrap_error_is_the_scatter_of_other_samples() -> None:
+    """The truth of the interval: 95 % of what other samples of as many images give."""
+    real = moments(normal((20_000, 3), 0, "real") + 1)
+    draws = [normal((150, 3), n, "samples") for n in range(200)]
+    distances = torch.tensor([frechet_distance(moments(rows), real) for rows in draws])
+    found = [bootstrap(rows, real, 60) for rows in draws[:20]]
+    errors = torch.tensor([interval.error for interval in found])
+    assert float(errors.mean()) == pytest.approx(float(distances.std()), rel=0.15)
+    # they cover the mean distance of such samples; 20 intervals of 95 % miss it once
+    covered = sum(interval.low < distances.mean() < interval.high for interval in found)
+    assert covered >= 16
+
+
+def test_redrawn_samples_are_farther() -> None:
+    """The bias of few images is seen, and not added to the interval."""
+    rows, real = normal((60, 10), 0, "test"), moments(normal((20_000, 10), 1, "test"))
+    found = bootstrap(rows, real, 40)
+    distance = frechet_distance(moments(rows), real)
+    assert isinstance(found, Interval)
+    assert found.bias > 2 * found.error
+    assert found.high < distance + found.bias

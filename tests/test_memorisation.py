@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from stratagem.errors import InputError
-from stratagem.metrics.memorisation import Memorisation, audit, nearest
+from stratagem.metrics.memorisation import (
+    Excess,
+    Memorisation,
+    Vectors,
+    audit,
+    audit_vectors,
+    copying_score,
+)
+from stratagem.metrics.nearest import Rows, nearest
 from stratagem.randomness import normal, permutation
 
 
@@ -42,6 +50,27 @@ def test_nearest_can_leave_out_one_row() -> None:
     table = torch.cdist(data.double(), data.double()).fill_diagonal_(math.inf)
     assert torch.equal(indices, table.argmin(1))
     assert (distances > 0).all()
+
+
+class OnDisk:
+    """Rows that are read in parts, and how many were read at once."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.shape, self._rows, self.most = rows.shape, rows, 0
+
+    def __getitem__(self, index: slice | torch.Tensor) -> torch.Tensor:
+        found = self._rows[index]
+        self.most = max(self.most, len(found))
+        return found
+
+
+def test_nearest_needs_the_data_only_in_parts() -> None:
+    queries, data = normal((23, 5), 0, "test"), normal((331, 5), 1, "test")
+    rows: Rows = OnDisk(data)
+    found = nearest(queries, rows, chunk=50)
+    for ours, expected in zip(found, nearest(queries, data), strict=True):
+        assert torch.equal(ours, expected)
+    assert rows.most <= 50
 
 
 def test_nearest_refuses_what_cannot_be_compared() -> None:
@@ -90,6 +119,85 @@ def test_audit_flags_a_sampler_that_copies_now_and_then() -> None:
     assert found.copies
     assert found.ratio > 0.9  # the median alone would not have told
     assert set(found.nearest_pairs(20).tolist()) == set(range(380, 400))
+
+
+def test_a_mirrored_copy_is_a_copy_only_if_asked() -> None:
+    train, held_out = _images(600, 20), _images(300, 21)
+    mirrored = train[:100].flip(-1)
+    found = audit(mirrored, train, held_out, flip=True)
+    assert found.copies
+    assert torch.equal(found.neighbours, torch.arange(100))
+    assert (found.distances == 0).all()
+    assert found.authentic == 0
+    plain = audit(mirrored, train, held_out)
+    assert (plain.distances > 0).all()
+    both = torch.cat([train, train.flip(-1)])  # the same as mirrored training images as well
+    known = audit(_images(50, 22), both, held_out)
+    sides = audit(_images(50, 22), train, held_out, flip=True)
+    torch.testing.assert_close(sides.distances, known.distances)
+    torch.testing.assert_close(sides.held_out, known.held_out)
+
+
+def test_relative_distances_leave_plain_images_in_peace() -> None:
+    """Samples near the mean are near to everything; copies are near to one training image."""
+    train, held_out = _images(600, 20), _images(300, 21)
+    plain = (128 + 0.3 * (_images(200, 22).float() - 128)).round().to(torch.uint8)
+    found = audit(plain, train, held_out)
+    assert found.score < -3
+    assert found.copies
+    assert found.copied.p_value > 1e-3
+    copied = audit(torch.cat([plain, train[:30]]), train, held_out)
+    assert copied.copied.p_value < 1e-6
+    assert copied.copied.num >= 30
+    assert set(copied.nearest_pairs(30).tolist()) == set(range(200, 230))
+
+
+def test_relative_distance_is_over_the_nearest_other_held_out_image() -> None:
+    samples, train, held_out = (normal((n, 3), n, "test") for n in (9, 31, 17))
+    found = audit_vectors(Vectors(samples[None], held_out[None], train, lambda i: train[i][None]))
+    among = torch.cdist(held_out, held_out).fill_diagonal_(math.inf).min(1).values
+    real = torch.cdist(held_out, train).min(1).values / among
+    torch.testing.assert_close(found.held_out_relative, real.double(), rtol=1e-5, atol=0)
+    drawn = torch.cdist(samples, train).min(1).values / torch.cdist(samples, held_out).min(1).values
+    torch.testing.assert_close(found.relative, drawn.double(), rtol=1e-5, atol=0)
+
+
+def test_what_a_test_would_miss_is_known() -> None:
+    """One copy fewer than `limit` passes, `limit` copies do not."""
+    held_out = torch.linspace(1, 2, 300).double()
+    far = torch.full((400,), 3.0).double()
+    limit = Excess.of(far, held_out).limit
+    for copies in (limit - 1, limit):
+        found = Excess.of(far.index_fill(0, torch.arange(copies), 0.0), held_out)
+        assert found.num == copies
+        assert (found.p_value < 1e-3) == (copies == limit)
+    assert math.isnan(Excess.of(far, held_out[:0]).p_value)
+
+
+def test_copying_score_is_the_mean_of_mann_whitney() -> None:
+    real = (4 * normal((90,), 0, "test")).round().double()  # with ties
+    drawn = (4 * normal((120,), 1, "test") - 1).round().double()
+    cells, own = torch.arange(90) % 3, torch.arange(120) % 3
+    own[:30] = torch.where(own[:30] == 2, 0, own[:30])
+    total = 0.0
+    for cell in range(3):
+        a, b = real[cells == cell], drawn[own == cell]
+        u = (b[:, None] > a).double().sum() + (b[:, None] == a).double().sum() / 2
+        n, m = len(a), len(b)
+        total += float(u - n * m / 2) / math.sqrt(n * m * (n + m + 1) / 12) / 3
+    assert copying_score(drawn, real, own, cells) == pytest.approx(total, rel=1e-12)
+    assert math.isnan(copying_score(drawn[:5], real, own[:5], cells))
+
+
+def test_copying_score_is_standard_for_an_honest_sampler() -> None:
+    scores = []
+    for seed in range(60):
+        real, drawn = normal((200,), seed, "real").exp(), normal((300,), seed, "drawn").exp()
+        one = torch.zeros(300).long()
+        scores.append(copying_score(drawn, real, one, one[:200]))
+    found = torch.tensor(scores)
+    assert abs(float(found.mean())) < 0.5
+    assert 0.75 < float(found.std()) < 1.3
 
 
 def test_duplicates_in_the_data_do_not_hide_copies() -> None:

@@ -15,8 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
+from banks import make
+from stratagem.memory.store import hold
 from stratagem.randomness import uniform
+from stratagem.report.bank_map import bank_map
 from stratagem.report.charts import Series, format_number, line_chart
+from stratagem.report.fronts import front_chart, pareto
 from stratagem.report.page import (
     Section,
     image_grid,
@@ -298,6 +302,60 @@ def test_many_points_stay_few_elements() -> None:
     reader = _chart(Series("loss", list(range(5000)), [1 / (k + 1) for k in range(5000)]))
     assert len(reader.all("circle")) <= 120
     assert len(_heights(str(reader.all("polyline")[0]["points"]))) == 5000
+
+
+def test_points_without_a_line_are_all_there_and_listed() -> None:
+    many = Series("a", list(range(300, 0, -1)), list(range(300)), scatter=True)
+    one = Series("b", [5], [7], [6], [9], scatter=True)
+    reader = _chart(many, one)
+    assert len(reader.all("circle")) == 301
+    assert reader.all("polyline") == []
+    assert len([a for a in reader.all("line") if a.get("class") == "bar"]) == 1
+    assert reader.text("li") == ["a", "b"]
+    assert "name" not in {str(a.get("class")).split()[0] for a in reader.all("text")}
+    assert _chart(many, one, alike=True).text("li") == []
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    points = [(5.0, 5.0), (1.0, 9.0), (2.0, 9.0), (3.0, 4.0), (4.0, 4.0), (6.0, 1.0)]
+    assert pareto(points) == [(1, 9), (3, 4), (6, 1)]
+    beaten = [p for p in points if any(a[0] <= p[0] and a[1] <= p[1] and a != p for a in points)]
+    assert set(points) - set(beaten) == set(pareto(points))
+
+
+def test_a_front_goes_in_steps() -> None:
+    runs = [Series("a", [1, 10, 100], [8, 8, 2]), Series("b", [10], [4])]
+    reader = Reader(front_chart(runs, x_label="x", y_label="y", title="t"))
+    front = next(p for p in reader.all("polyline") if p.get("class") == "front")
+    (x0, y0), (x1, y1), (x2, y2), (x3, y3), (x4, y4) = _heights(str(front["points"]))
+    assert (x0, x1, x2, x3, x4) == (0, 500, 500, 1000, 1000)
+    assert y0 == y1 < y2 == y3 < y4
+    assert y2 - y1 == pytest.approx(y4 - y3, abs=0.2)  # 8, 4, 2
+
+
+def test_a_bank_lies_along_its_components() -> None:
+    """Rows in three directions, of lengths that tell the components apart."""
+    rows = torch.tensor([[1, 0, 0.1]] * 6 + [[-1, 0, 0.1]] * 6 + [[0, 1, 0.1]] * 3)
+    held = hold(torch.nn.functional.normalize(rows, dim=1)[:, None])
+    labels = torch.tensor([0] * 6 + [1] * 6 + [-1] * 3)
+    bank = make(15, store=held, labels=labels)
+    reader = Reader(bank_map(bank, ["left", "right"]))
+    assert reader.text("li") == ["no class", "left", "right"]
+    dots = [float(str(a["cx"]).rstrip("%")) for a in reader.all("circle")]  # the last class first
+    sides = (
+        {round(x) for x in dots[:6]},
+        {round(x) for x in dots[6:12]},
+        {round(x) for x in dots[12:]},
+    )
+    assert [len(side) for side in sides] == [1, 1, 1]
+    (right,), (left,), (middle,) = sides
+    assert abs(right - left) > 80
+    assert min(left, right) < middle < max(left, right)
+    assert "of the variance" in reader.text("p")[0]
+    many = make(15, store=held, labels=torch.arange(15))
+    assert Reader(bank_map(many)).text("li") == []
+    assert "class 14" in bank_map(many)
+    assert bank_map(make(2)) == ""
 
 
 def test_wrong_series_are_refused() -> None:

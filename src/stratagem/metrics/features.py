@@ -2,9 +2,9 @@
 
     images uint8 (B, C, H, W)  ->  features float32 (B, dim)
 
-`FeatureNet` is the protocol. Three things fulfil it: `EncoderFeatures` (a frozen encoder),
-`PixelComponents` (the first principal components of the pixels, for images so small that no encoder
-is worth having), and `inception.Inception` (the net of FID).
+`FeatureNet` is the protocol. Three things fulfil it: `EncoderFeatures` (a frozen encoder, such as
+EfficientNet-Lite0 or DINOv2), `PixelComponents` (the first principal components of the pixels, for
+images so small that no encoder is worth having), and `inception.Inception` (the net of FID).
 
 Few images need few dimensions: `Components` is a projection on leading principal components, fitted
 on the reference set,
@@ -28,7 +28,7 @@ from torch import Tensor
 from stratagem.data.images import to_float
 from stratagem.encoders import Encoder
 from stratagem.errors import InputError
-from stratagem.metrics.frechet import Statistics, statistics
+from stratagem.metrics.frechet import Statistics, moments, statistics
 
 __all__ = [
     "Components",
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 # Above this many dimensions and images the decomposition is of this many images, evenly spaced.
-_MOST = 4096
+MOST = 4096
 
 
 class FeatureNet(Protocol):
@@ -61,9 +61,15 @@ class FeatureNet(Protocol):
         """uint8 (B, C, H, W) -> float32 (B, dim)."""
 
 
-def metric_name(net: FeatureNet) -> str:
-    """Returns "fid" for the Inception-v3 of FID, and "fd_<name>" for any other features."""
-    return "fid" if net.name == "inception" else f"fd_{net.name}"
+def metric_name(net: FeatureNet, metric: str = "fd") -> str:
+    """Returns a metric's name, with that of the features unless they are those of FID.
+
+    With the Inception-v3 of FID "fd" is "fid" and "sfd" is "sfid"; with any other features they are
+    "fd_<name>" and "sfd_<name>".
+    """
+    if net.name != "inception":
+        return f"{metric}_{net.name}"
+    return {"fd": "fid", "sfd": "sfid"}.get(metric, metric)
 
 
 def statistics_of(batches: Iterable[Tensor], net: FeatureNet) -> Statistics:
@@ -103,34 +109,45 @@ class Components:
         """Finds the first `num` principal components of rows (N, D).
 
         The eigenvectors are of the smaller Gram matrix, D x D or N x N, in float64. If both exceed
-        4096, 4096 rows evenly spaced stand for all. Signs are fixed: the largest entry of each
-        component is positive.
+        4096, 4096 rows evenly spaced stand for all.
 
         Raises:
             InputError: If the rows do not span `num` directions.
         """
-        if min(rows.shape) > _MOST:
-            rows = rows[torch.linspace(0, len(rows) - 1, _MOST).long()]
+        if min(rows.shape) > MOST:
+            rows = rows[torch.linspace(0, len(rows) - 1, MOST).long()]
         rows = rows.detach().to("cpu", torch.float64)
+        if len(rows) >= rows.shape[1]:
+            return cls.of(moments(rows), num)
         mean = rows.mean(0)
-        basis, values = _leading(rows - mean, num)
+        centred = rows - mean
+        values, vectors = _leading(centred @ centred.T, num)
+        # right singular vectors from left ones: v = X^T u / s
+        return cls._from(mean, centred.T @ vectors / values.clamp(min=1e-30).sqrt(), values, num)
+
+    @classmethod
+    def of(cls, found: Statistics, num: int) -> Components:
+        """Finds the first `num` principal components of rows of known mean and covariance.
+
+        Raises:
+            InputError: If the rows do not span `num` directions.
+        """
+        values, vectors = _leading(found.cov, num)
+        return cls._from(found.mean, vectors, values, num)
+
+    @classmethod
+    def _from(cls, mean: Tensor, basis: Tensor, values: Tensor, num: int) -> Components:
+        """Fixes signs: the largest entry of each component is positive."""
         if len(values) < num or values[-1] <= 1e-10 * values[0]:
-            raise InputError(
-                f"{len(rows)} images do not span {num} components: ask for fewer components"
-            )
+            raise InputError(f"the images do not span {num} components: ask for fewer components")
         largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
         return cls(mean.float(), (basis * largest.sign()).float())
 
 
-def _leading(centred: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """Returns the leading right singular vectors (D, K) of (N, D), and the squared values (K,)."""
-    wide = len(centred) < centred.shape[1]
-    gram = centred @ centred.T if wide else centred.T @ centred
+def _leading(gram: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Returns the largest eigenvalues (K,) and their vectors (N, K), largest first."""
     values, vectors = torch.linalg.eigh(gram)
-    values, vectors = values.flip(0)[:num], vectors.flip(1)[:, :num]
-    if wide:  # right singular vectors from left ones: v = X^T u / s
-        vectors = centred.T @ vectors / values.clamp(min=1e-30).sqrt()
-    return vectors, values
+    return values.flip(0)[:num], vectors.flip(1)[:, :num]
 
 
 class PixelComponents:

@@ -18,13 +18,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from stratagem.errors import InputError
+from stratagem.randomness import generator
 
-__all__ = ["Statistics", "frechet_distance", "merge", "moments", "refuse_few", "statistics"]
+__all__ = [
+    "Interval",
+    "Statistics",
+    "bootstrap",
+    "frechet_distance",
+    "joined",
+    "merge",
+    "moments",
+    "refuse_few",
+    "statistics",
+]
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,7 @@ class Statistics:
     Attributes:
         mean: Shape (D,), float64.
         cov: Unbiased covariance, shape (D, D), float64; zero for a single vector.
-        num: How many vectors.
+        num: How many vectors; 0 if that is not known, as of published statistics.
     """
 
     mean: Tensor
@@ -47,8 +59,12 @@ class Statistics:
         return len(self.mean)
 
 
-def moments(features: Tensor) -> Statistics:
-    """Returns the statistics of one batch of feature vectors, shape (B, D), B at least 1.
+def moments(features: Tensor, counts: Tensor | None = None) -> Statistics:
+    """Returns the statistics of one batch of feature vectors, on their device.
+
+    Args:
+        features: Shape (B, D), B at least 1.
+        counts: How often each vector counts, shape (B,); once by default.
 
     Raises:
         InputError: If a feature is NaN or infinite.
@@ -58,13 +74,15 @@ def moments(features: Tensor) -> Statistics:
         Statistics(mean=tensor([1.], dtype=torch.float64), cov=tensor([[2.]], \
 dtype=torch.float64), num=2)
     """
-    rows = features.detach().to("cpu", torch.float64)
+    rows = features.detach().to(torch.float64)
     assert rows.ndim == 2, f"features must have shape (B, D), not {tuple(rows.shape)}"
     if not torch.isfinite(rows).all():
         raise InputError("features hold NaN or infinity: look at the images or the feature weights")
-    mean = rows.mean(0)
-    centred = rows - mean
-    return Statistics(mean, centred.T @ centred / max(len(rows) - 1, 1), len(rows))
+    weights = rows.new_ones(len(rows)) if counts is None else counts.to(rows)
+    num = int(weights.sum())
+    mean = weights @ rows / num
+    centred = (rows - mean) * weights.sqrt()[:, None]
+    return Statistics(mean, centred.T @ centred / max(num - 1, 1), num)
 
 
 def merge(a: Statistics, b: Statistics) -> Statistics:
@@ -94,11 +112,15 @@ def statistics(batches: Iterable[Tensor]) -> Statistics:
     total: Statistics | None = None
     for batch in batches:
         if len(batch):
-            part = moments(batch)
-            total = part if total is None else merge(total, part)
+            total = joined(total, moments(batch))
     if total is None:
         raise InputError("there are no images to take statistics of")
     return total
+
+
+def joined(total: Statistics | None, part: Statistics) -> Statistics:
+    """Returns `merge` of both, or the part alone if there is nothing yet."""
+    return part if total is None else merge(total, part)
 
 
 def refuse_few(num: int, dim: int) -> None:
@@ -136,9 +158,15 @@ def frechet_distance(a: Statistics, b: Statistics, *, allow_few: bool = False) -
     """
     if a.dim != b.dim:
         raise InputError(f"cannot compare features of {a.dim} and {b.dim} dimensions: use one net")
-    if not allow_few:
-        refuse_few(min(a.num, b.num), a.dim)
-    overlap = torch.linalg.svdvals(_factor(a.cov) @ _factor(b.cov).T).sum()
+    for num in () if allow_few else (a.num, b.num):
+        if num:
+            refuse_few(num, a.dim)
+    return _distance(a, b, _factor(b.cov))
+
+
+def _distance(a: Statistics, b: Statistics, factor: Tensor) -> float:
+    """Returns the distance, given the factor of b's covariance."""
+    overlap = torch.linalg.svdvals(_factor(a.cov) @ factor.T).sum()
     distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * overlap
     return max(float(distance), 0.0)
 
@@ -147,3 +175,53 @@ def _factor(cov: Tensor) -> Tensor:
     """Returns F with F^T F = C, shape (D, D); rounding below zero is cut off."""
     values, vectors = torch.linalg.eigh(cov)
     return values.clamp(min=0).sqrt()[:, None] * vectors.T
+
+
+class Interval(NamedTuple):
+    """Where a distance would lie for other samples of the same source, as many of them.
+
+    Attributes:
+        low: Lower end of the 95 % interval.
+        high: Upper end.
+        error: Standard error.
+        bias: By how much redrawn samples are farther than the samples themselves.
+    """
+
+    low: float
+    high: float
+    error: float
+    bias: float
+
+
+def bootstrap(rows: Tensor, real: Statistics, times: int, seed: int = 0) -> Interval:
+    """Returns the bootstrap interval of the distance of samples to a fixed reference.
+
+    Samples are redrawn with replacement, which is the same as counting each of them 0, 1, 2, ...
+    times. Redrawn sets repeat images, and a Frechet distance grows as different images get fewer,
+    so redrawn distances lie too high: the interval is that of their differences from their own
+    mean, about the distance of the samples. It says nothing of the distance's own bias, which
+    falls with the number of images: compare only distances of equal numbers.
+
+    Args:
+        rows: Features of the samples, shape (N, D).
+        real: Statistics of the reference.
+        times: How often samples are redrawn, at least 2.
+        seed: Of the draws.
+
+    Raises:
+        InputError: If `times` is less than 2.
+    """
+    if times < 2:
+        raise InputError("a bootstrap redraws at least 2 times")
+    real = Statistics(real.mean.to(rows.device), real.cov.to(rows.device), real.num)
+    factor = _factor(real.cov)
+    found = _distance(moments(rows), real, factor)
+    values = torch.empty(times, dtype=torch.float64)
+    for n in range(times):
+        drawn = generator(seed, "bootstrap", n).integers(len(rows), size=len(rows))
+        counts = torch.bincount(torch.from_numpy(drawn), minlength=len(rows))
+        values[n] = _distance(moments(rows, counts), real, factor)
+    mean = values.mean()
+    ends = values.quantile(values.new_tensor([0.025, 0.975])) - mean + found
+    low, high = ends.clamp(min=0).tolist()
+    return Interval(low, high, float(values.std()), float(mean) - found)

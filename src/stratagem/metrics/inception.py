@@ -1,305 +1,169 @@
 """The Inception-v3 of FID: 2048 features of the last pooling, with the user's weights file.
 
-FID is defined by one trained network (the TensorFlow graph of 2015-12-05), which differs from the
-published Inception-v3 in three ways that move the score:
+Images are resized to 299 x 299 bilinearly, in one of two ways, which the description names:
 
-    Mixed_5b .. 5d, 6b .. 6e, 7b   average pools do not count the padding
-    Mixed_7c                       pools by maximum
-    fc                             1008 outputs (not used here, but part of the file)
+    tensorflow    row i reads at i H / 299, as the graph did; (u - 128) / 128. The default: it is
+                  how ADM's reference statistics and the distances of most papers were made
+    pytorch-fid   half-pixel centres; u / 127.5 - 1
 
-Images are resized to 299 x 299 bilinearly without antialiasing (half-pixel centres) and scaled to
-[-1, 1]. The file has the layout of pytorch-fid (`pt_inception-2015-12-05-6726825d.pth`); its
-SHA-256 goes into the description, and with other weights than those the features bear another name,
-so that no other number is called FID.
+Other outputs of the same pass: the first 7 channels of the first branch of Mixed_6d, 17 x 17, in
+the order of the graph (row, column, channel), which sFID compares; and p(class | image) without the
+bias of the last layer, for the Inception Score.
 
-A block is a table: its branches are concatenated, each a chain of steps; a step is a convolution, a
-pool, or a fork whose two convolutions are concatenated.
+Two files hold these weights: pytorch-fid's state dict, and NVIDIA's TorchScript, which resizes by
+itself like TensorFlow. A file is known by its SHA-256, which goes into the description. Others are
+refused unless trusted, and then the features bear another name, so that no other number is called
+FID. A state dict is read by torch's restricted unpickler. TorchScript is a program: loading it runs
+no Python and unpickles no objects, but torch's interpreter is no sandbox. Trust what you would run.
 
-References: Szegedy et al. 2015, arXiv:1512.00567 (the net); Heusel et al. 2017, arXiv:1706.08500.
+Reference: Heusel et al. 2017, arXiv:1706.08500.
 """
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
+from urllib.error import URLError
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from stratagem.errors import InputError
+from stratagem.nets.inception import InceptionNet, Outputs
 
-__all__ = ["Inception", "InceptionNet", "load_inception"]
+__all__ = ["Inception", "Resize", "fetch_inception", "load_inception"]
 
-_KNOWN = "6726825d"  # first digits of the SHA-256 of the file that everybody's FID is made with
+_FILE = "pt_inception-2015-12-05-6726825d.pth"
+_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{_FILE}"
+_STATE_DICT = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+_TORCHSCRIPT = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+_KNOWN = {_STATE_DICT, _TORCHSCRIPT}
 _SIDE = 299
 
-
-class Conv(NamedTuple):
-    """A convolution by its name in the file; `pad` is None for "same"."""
-
-    name: str
-    width: int
-    kernel: tuple[int, int] = (1, 1)
-    stride: int = 1
-    pad: int | None = None
-
-
-class Pool(NamedTuple):
-    """A 3 x 3 pool."""
-
-    kind: str
-
-
-class Fork(NamedTuple):
-    """Two convolutions of the same input, concatenated."""
-
-    a: Conv
-    b: Conv
-
-
-Step = Conv | Pool | Fork
-Branch = tuple[Step, ...]
-
-_AVERAGE, _SAME_MAX, _HALF_MAX = Pool("average"), Pool("max"), Pool("max of stride 2")
-_SQUARE, _FIVE, _ROW, _COLUMN = (3, 3), (5, 5), (1, 7), (7, 1)
-
-
-def _block_a(pool: int) -> tuple[Branch, ...]:
-    return (
-        (Conv("branch1x1", 64),),
-        (Conv("branch5x5_1", 48), Conv("branch5x5_2", 64, _FIVE)),
-        (
-            Conv("branch3x3dbl_1", 64),
-            Conv("branch3x3dbl_2", 96, _SQUARE),
-            Conv("branch3x3dbl_3", 96, _SQUARE),
-        ),
-        (_AVERAGE, Conv("branch_pool", pool)),
-    )
-
-
-def _block_b() -> tuple[Branch, ...]:
-    return (
-        (Conv("branch3x3", 384, _SQUARE, 2, 0),),
-        (
-            Conv("branch3x3dbl_1", 64),
-            Conv("branch3x3dbl_2", 96, _SQUARE),
-            Conv("branch3x3dbl_3", 96, _SQUARE, 2, 0),
-        ),
-        (_HALF_MAX,),
-    )
-
-
-def _block_c(inner: int) -> tuple[Branch, ...]:
-    return (
-        (Conv("branch1x1", 192),),
-        (
-            Conv("branch7x7_1", inner),
-            Conv("branch7x7_2", inner, _ROW),
-            Conv("branch7x7_3", 192, _COLUMN),
-        ),
-        (
-            Conv("branch7x7dbl_1", inner),
-            Conv("branch7x7dbl_2", inner, _COLUMN),
-            Conv("branch7x7dbl_3", inner, _ROW),
-            Conv("branch7x7dbl_4", inner, _COLUMN),
-            Conv("branch7x7dbl_5", 192, _ROW),
-        ),
-        (_AVERAGE, Conv("branch_pool", 192)),
-    )
-
-
-def _block_d() -> tuple[Branch, ...]:
-    return (
-        (Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, _SQUARE, 2, 0)),
-        (
-            Conv("branch7x7x3_1", 192),
-            Conv("branch7x7x3_2", 192, _ROW),
-            Conv("branch7x7x3_3", 192, _COLUMN),
-            Conv("branch7x7x3_4", 192, _SQUARE, 2, 0),
-        ),
-        (_HALF_MAX,),
-    )
-
-
-def _block_e(pool: Pool) -> tuple[Branch, ...]:
-    def fork(name: str) -> Fork:
-        return Fork(Conv(f"{name}a", 384, (1, 3)), Conv(f"{name}b", 384, (3, 1)))
-
-    return (
-        (Conv("branch1x1", 320),),
-        (Conv("branch3x3_1", 384), fork("branch3x3_2")),
-        (
-            Conv("branch3x3dbl_1", 448),
-            Conv("branch3x3dbl_2", 384, _SQUARE),
-            fork("branch3x3dbl_3"),
-        ),
-        (pool, Conv("branch_pool", 192)),
-    )
-
-
-_STEM: dict[str, Conv | Pool] = {
-    "Conv2d_1a_3x3": Conv("", 32, _SQUARE, 2, 0),
-    "Conv2d_2a_3x3": Conv("", 32, _SQUARE, 1, 0),
-    "Conv2d_2b_3x3": Conv("", 64, _SQUARE),
-    "pool_1": _HALF_MAX,
-    "Conv2d_3b_1x1": Conv("", 80),
-    "Conv2d_4a_3x3": Conv("", 192, _SQUARE, 1, 0),
-    "pool_2": _HALF_MAX,
-}
-_BLOCKS: dict[str, tuple[Branch, ...]] = {
-    "Mixed_5b": _block_a(32),
-    "Mixed_5c": _block_a(64),
-    "Mixed_5d": _block_a(64),
-    "Mixed_6a": _block_b(),
-    "Mixed_6b": _block_c(128),
-    "Mixed_6c": _block_c(160),
-    "Mixed_6d": _block_c(160),
-    "Mixed_6e": _block_c(192),
-    "Mixed_7a": _block_d(),
-    "Mixed_7b": _block_e(_AVERAGE),
-    "Mixed_7c": _block_e(_SAME_MAX),
-}
-
-
-def _pool(h: Tensor, pool: Pool) -> Tensor:
-    if pool is _AVERAGE:
-        return functional.avg_pool2d(h, 3, stride=1, padding=1, count_include_pad=False)
-    if pool is _SAME_MAX:
-        return functional.max_pool2d(h, 3, stride=1, padding=1)
-    return functional.max_pool2d(h, 3, stride=2)
-
-
-class _ConvNormRelu(nn.Module):
-    """Convolution without bias, batch normalisation, ReLU."""
-
-    def __init__(self, num_in: int, spec: Conv) -> None:
-        super().__init__()
-        tall, wide = spec.kernel
-        pad = (tall // 2, wide // 2) if spec.pad is None else spec.pad
-        self.conv = nn.Conv2d(num_in, spec.width, spec.kernel, spec.stride, pad, bias=False)
-        self.bn = nn.BatchNorm2d(spec.width, eps=1e-3)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return functional.relu(self.bn(self.conv(h)))
-
-
-class _Mixed(nn.Module):
-    """One block: the concatenation of its branches."""
-
-    def __init__(self, num_in: int, branches: tuple[Branch, ...]) -> None:
-        super().__init__()
-        self.branches = branches
-        self.num_out = 0
-        for branch in branches:
-            width = num_in
-            for step in branch:
-                width = self._add(width, step)
-            self.num_out += width
-
-    def _add(self, width: int, step: Step) -> int:
-        """Makes the convolutions of a step; returns how many channels leave it."""
-        if isinstance(step, Pool):
-            return width
-        convs = step if isinstance(step, Fork) else (step,)
-        for conv in convs:
-            self.add_module(conv.name, _ConvNormRelu(width, conv))
-        return sum(conv.width for conv in convs)
-
-    def _apply_step(self, h: Tensor, step: Step) -> Tensor:
-        if isinstance(step, Pool):
-            return _pool(h, step)
-        convs = step if isinstance(step, Fork) else (step,)
-        return torch.cat([self.get_submodule(conv.name)(h) for conv in convs], 1)
-
-    def forward(self, h: Tensor) -> Tensor:
-        outs = []
-        for branch in self.branches:
-            out = h
-            for step in branch:
-                out = self._apply_step(out, step)
-            outs.append(out)
-        return torch.cat(outs, 1)
-
-
-class InceptionNet(nn.Module):
-    """Inception-v3 in its FID variant; parameter names are those of the pytorch-fid file."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        width = 3
-        for name, step in _STEM.items():
-            if isinstance(step, Conv):
-                self.add_module(name, _ConvNormRelu(width, step))
-                width = step.width
-        for name, branches in _BLOCKS.items():
-            block = _Mixed(width, branches)
-            self.add_module(name, block)
-            width = block.num_out
-        self.fc = nn.Linear(width, 1008)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """Images (B, 3, 299, 299) in [-1, 1] -> the pooled features (B, 2048)."""
-        for name, step in _STEM.items():
-            h = _pool(h, step) if isinstance(step, Pool) else self.get_submodule(name)(h)
-        for name in _BLOCKS:
-            h = self.get_submodule(name)(h)
-        return h.mean((2, 3))
+Resize = Literal["tensorflow", "pytorch-fid"]
 
 
 class Inception:
     """The Inception-v3 of FID as a feature net: uint8 (B, C, H, W), C 1 or 3 -> float32 (B, 2048).
 
     Args:
-        net: The network, with weights loaded.
-        digest: SHA-256 of the weights file. If it is not that of the well-known file, the features
-            are called "inception-<first digits>" and their distance is not called FID.
+        net: The network with weights loaded, or NVIDIA's TorchScript.
+        digest: SHA-256 of the weights file. If it is not that of a known file, the features are
+            called "inception-<first digits>" and their distance is not called FID.
+        resize: How images are brought to 299 x 299; TorchScript does it by itself, so None.
+        device: Where it runs.
     """
 
     dim = 2048
 
-    def __init__(self, net: InceptionNet, digest: str) -> None:
-        self.net = net.eval().requires_grad_(False)
-        self.digest = digest
-        self.known = digest.startswith(_KNOWN)
+    def __init__(
+        self,
+        net: nn.Module,
+        digest: str,
+        resize: Resize | None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.net = net.to(device).eval()
+        for parameter in self.net.parameters():
+            parameter.requires_grad_(False)
+        self.digest, self.resize, self.device = digest, resize, device
+        self.known = digest in _KNOWN
         self.name = "inception" if self.known else f"inception-{digest[:8]}"
+
+    @property
+    def spatial(self) -> bool:
+        """Whether there are features for sFID: TorchScript does not give them."""
+        return isinstance(self.net, InceptionNet)
 
     def description(self) -> dict[str, Any]:
         """Name, preprocessing and the weights file's SHA-256."""
+        how = {
+            "tensorflow": f"bilinear {_SIDE} like TensorFlow 1, no antialias, (u - 128) / 128",
+            "pytorch-fid": f"bilinear {_SIDE}, half-pixel centres, no antialias, u / 127.5 - 1",
+            None: f"TorchScript's own: bilinear {_SIDE} like TensorFlow 1",
+        }
         return {
             "name": self.name,
             "weights": self.digest,
             "known_weights": self.known,
-            "preprocessing": f"bilinear {_SIDE}, no antialias, [-1, 1]",
+            "preprocessing": how[self.resize],
         }
 
-    @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        """Computes the features on the device of the network.
+        """Computes the features of FID, float32 (B, 2048)."""
+        return self.outputs(images).pooled
+
+    @torch.inference_mode()
+    def outputs(self, images: Tensor, classes: bool = False) -> Outputs:
+        """Computes all outputs on the device of the network, float32.
+
+        Args:
+            images: uint8 (B, C, H, W).
+            classes: Whether p(class | image) is wanted; TorchScript needs a second pass for it.
 
         Raises:
             InputError: If the images have neither one nor three channels.
         """
         if images.shape[1] not in {1, 3}:
             raise InputError(f"Inception-v3 sees 1 or 3 channels, not {images.shape[1]}")
-        x = images.to(self.net.fc.weight.device).float().expand(-1, 3, -1, -1) / 255
-        x = functional.interpolate(x, size=(_SIDE, _SIDE), mode="bilinear", align_corners=False)
-        return self.net(2 * x - 1).float()
+        x = images.to(self.device).expand(-1, 3, -1, -1)
+        if self.resize is None:
+            told = self.net(x, no_output_bias=True).float() if classes else None
+            return Outputs(self.net(x, return_features=True).float(), None, told)
+        if self.resize == "tensorflow":
+            return self.net((_like_tensorflow(x.float()) - 128) / 128)
+        size = (_SIDE, _SIDE)
+        x = functional.interpolate(x.float(), size, mode="bilinear", align_corners=False)
+        return self.net(x / 127.5 - 1)
 
 
-def load_inception(path: Path, device: torch.device | str = "cpu") -> Inception:
-    """Reads a weights file of the pytorch-fid layout, strictly.
+def _like_tensorflow(x: Tensor) -> Tensor:
+    """Resizes (B, C, H, W) as TensorFlow 1 did: row i is read at i H / 299, between two rows."""
+    for dim in (-1, -2):
+        num = x.shape[dim]
+        at = torch.arange(_SIDE, device=x.device, dtype=torch.float64) * (num / _SIDE)
+        low = at.floor().long().clamp(max=num - 1)
+        share = (at - low).to(x).view(-1, *[1] * (-1 - dim))
+        near, next_ = (x.index_select(dim, i) for i in (low, (low + 1).clamp(max=num - 1)))
+        x = near + (next_ - near) * share
+    return x
+
+
+def load_inception(
+    path: Path,
+    device: torch.device | str = "cpu",
+    *,
+    resize: Resize | None = None,
+    trust: bool = False,
+) -> Inception:
+    """Reads a weights file: a state dict of pytorch-fid's layout, or NVIDIA's TorchScript.
+
+    Args:
+        path: The file.
+        device: Where the network runs.
+        resize: How a state dict's images are resized, "tensorflow" by default.
+        trust: Whether a file of unknown SHA-256 is taken.
 
     Raises:
-        InputError: If there is no such file, it is not a plain state dict, or its names or shapes
-            are not those of the FID Inception-v3; the first differing names are given.
+        InputError: If there is no such file, it is not known and not trusted, it is neither a plain
+            state dict nor TorchScript, or its names or shapes are not those of the FID
+            Inception-v3; the first differing names are given.
     """
     if not path.is_file():
+        raise InputError(f"no Inception weights at {path}: give the file {_FILE}, or --fetch")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest not in _KNOWN and not trust:
         raise InputError(
-            f"no Inception weights at {path}: give the file pt_inception-2015-12-05-6726825d.pth"
+            f"{path} has the SHA-256 {digest[:8]}..., which is not that of a known Inception file "
+            f"({_STATE_DICT[:8]}..., {_TORCHSCRIPT[:8]}...): get one of those, or --trust it"
         )
-    data = path.read_bytes()
+    if is_zipfile(path) and any("/code/" in name for name in ZipFile(path).namelist()):
+        if resize is not None:
+            raise InputError(f"{path} is TorchScript, which resizes by itself: leave out --resize")
+        return Inception(_load_script(path, device), digest, None, device)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever foreign bytes lead it to
@@ -307,7 +171,38 @@ def load_inception(path: Path, device: torch.device | str = "cpu") -> Inception:
         raise InputError(f"{path} is not a plain state dict ({reason})") from error
     net = InceptionNet()
     _load_strictly(net, state, path)
-    return Inception(net.to(device), hashlib.sha256(data).hexdigest())
+    return Inception(net, digest, resize or "tensorflow", device)
+
+
+def _load_script(path: Path, device: torch.device | str) -> nn.Module:
+    """Reads TorchScript and tries it on one image, for it may be any program."""
+    try:
+        script = torch.jit.load(path, map_location=device).eval()
+        with torch.inference_mode():
+            blank = torch.zeros(1, 3, 8, 8, dtype=torch.uint8, device=device)
+            shape = tuple(script(blank, return_features=True).shape)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[-200:]
+        raise InputError(f"{path} is not the TorchScript of the Inception-v3: {reason}") from error
+    if shape != (1, Inception.dim):
+        raise InputError(f"{path} gives features of shape {shape}, not (1, {Inception.dim})")
+    return script
+
+
+def fetch_inception() -> Path:
+    """Downloads pytorch-fid's weights file once, to torch's hub folder, and returns its path.
+
+    Raises:
+        InputError: If it cannot be had, or what comes is not that file.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / _FILE
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(_URL, str(path), _STATE_DICT, progress=False)
+        except (URLError, OSError, RuntimeError) as error:
+            raise InputError(f"cannot fetch {_URL}: {error}; give a file with --weights") from error
+    return path
 
 
 def _load_strictly(net: InceptionNet, state: object, path: Path) -> None:

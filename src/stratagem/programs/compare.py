@@ -1,59 +1,36 @@
 """`stratagem compare`: evaluated runs into one page that opens offline.
 
-    curves   Frechet distance against training images seen
+    curves   Frechet distance against training images seen, with a band over seeds
+    fronts   Frechet distance against what training and sampling cost
     table    distance, cost and memorisation of the last checkpoint of each run
-    grids    samples above their nearest training images
+    maps     each memory bank by its two principal components, and the agreement of noise levels
+             that stages come from
+    grids    samples beside their nearest training images
 
-The first run is the baseline: the page says after how many images the others reach its last figure.
+Runs that differ in the seed alone are joined. The first is the baseline: the page says after how
+many images the others reach its last figure.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor
-
-from stratagem.assemble import open_run
 from stratagem.errors import InputError
+from stratagem.memory.bank import MemoryBank
 from stratagem.metrics.memorisation import LEVEL
-from stratagem.programs.cost import Cost, cost_of
-from stratagem.programs.evaluate import Evaluation, load_all, load_preview
-from stratagem.programs.sample import SampleConfig
+from stratagem.programs.evaluate import Evaluation
+from stratagem.programs.results import RunResult, join_seeds, read_run
+from stratagem.report.bank_map import bank_map
 from stratagem.report.charts import Series, line_chart
+from stratagem.report.fronts import front_chart
+from stratagem.report.heatmap import heat_map
 from stratagem.report.page import Section, neighbour_grid, page, save_page, table
 
 __all__ = ["RunResult", "compare", "copies", "images_to_reach", "read_run", "result_sections"]
 
 _SHOWN = 20
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What the report shows of a run.
-
-    Attributes:
-        name: Its label.
-        evaluations: By step.
-        cost: Parameters and MACs.
-        rate: Median training images per second.
-        preview: Samples of the last checkpoint, their neighbours and distances.
-    """
-
-    name: str
-    evaluations: list[Evaluation]
-    cost: Cost
-    rate: float
-    preview: dict[str, Tensor]
-
-    @property
-    def last(self) -> Evaluation:
-        """The evaluation of the last checkpoint."""
-        return self.evaluations[-1]
 
 
 def compare(runs: Sequence[Path], out: Path) -> str:
@@ -66,35 +43,19 @@ def compare(runs: Sequence[Path], out: Path) -> str:
     Raises:
         InputError: If a run is missing or not evaluated, or evaluations differ in protocol.
     """
-    if len({run.name for run in runs}) < len(runs):
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise InputError("a run is named twice: name each once")
+    results = join_seeds([read_run(run.name, run) for run in runs])
+    if len({result.name for result in results}) < len(results):
         raise InputError("two runs have the same name: rename a folder")
-    results = [read_run(run.name, run) for run in runs]
     sections = result_sections(results)
     lead = speed_sentence(results)
     save_page(out, page("Comparison of runs", lead, sections, "Made by stratagem compare."))
     return lead
 
 
-def read_run(name: str, path: Path) -> RunResult:
-    """Reads a run's evaluations, cost and speed.
-
-    Raises:
-        InputError: If it is missing or not evaluated.
-    """
-    evaluations = load_all(path)
-    model = open_run(path, step=evaluations[-1].step)
-    rates = [json.loads(line)["images_per_second"] for line in _lines(path / "metrics.jsonl")]
-    return RunResult(
-        name,
-        evaluations,
-        cost_of(model, _sampling(evaluations[-1])),
-        statistics.median(rates) if rates else float("nan"),
-        load_preview(path, evaluations[-1].step),
-    )
-
-
 def result_sections(results: Sequence[RunResult]) -> list[Section]:
-    """Makes the sections on quality, cost and samples.
+    """Makes the sections on quality, cost, memory banks and samples.
 
     Raises:
         InputError: If the runs were not evaluated alike.
@@ -104,14 +65,22 @@ def result_sections(results: Sequence[RunResult]) -> list[Section]:
     curves = [
         Section(
             f"Quality while training: {metric}",
-            "Frechet distance between samples and training images; lower is better.",
+            "Frechet distance between samples and training images; lower is better."
+            + _bands(results),
             _curves(results, metric),
         )
         for metric in metrics
         if all(metric in e.distances for r in results for e in r.evaluations)
     ]
-    grids = [Section(f"Samples: {r.name}", _grid_text(r.last), _grid(r)) for r in results]
-    return [*curves, _figures(results), *grids]
+    grids = [Section(f"Samples: {r.name}", _grid_text(r), _grid(r)) for r in results]
+    return [
+        *curves,
+        *_fronts(results),
+        _figures(results),
+        *_maps(results),
+        *_agreements(results),
+        *grids,
+    ]
 
 
 def images_to_reach(run: RunResult, metric: str, target: float) -> float | None:
@@ -158,20 +127,12 @@ def speed_sentence(results: Sequence[RunResult]) -> str:
     return f"{first}; {'; '.join(parts)}." if parts else f"{first}."
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.is_file() else []
-
-
-def _sampling(evaluation: Evaluation) -> SampleConfig:
-    return SampleConfig(**evaluation.protocol["sampling"])
-
-
 def _require_one_protocol(results: Sequence[RunResult]) -> None:
     """Figures of two protocols must not stand side by side."""
     first = results[0].last
     for run in results:
         for key in ("reference", "sampling"):
-            if run.last.protocol[key] != first.protocol[key]:
+            if _but_seed(run.last.protocol[key]) != _but_seed(first.protocol[key]):
                 raise InputError(
                     f"{results[0].name} and {run.name} were evaluated with different {key}: "
                     "evaluate them with the same settings"
@@ -180,16 +141,101 @@ def _require_one_protocol(results: Sequence[RunResult]) -> None:
             raise InputError(f"{results[0].name} and {run.name} were evaluated by other features")
 
 
+def _agreements(results: Sequence[RunResult]) -> list[Section]:
+    """Shows what the stages come from, each matrix once."""
+    text = (
+        "How many pixels the best possible denoisers of two noise levels agree on. Frames are the "
+        "stages: what is shared inside one decoder, and what is not."
+    )
+    shown: dict[tuple[float, ...], Section] = {}
+    for run in results:
+        if run.agreement is not None and run.agreement.edges not in shown:
+            body = heat_map(
+                run.agreement.matrix,
+                label="time t (0 clean, 1 noise)",
+                value="share of pixels that agree",
+                edges=run.agreement.edges,
+            )
+            shown[run.agreement.edges] = Section(
+                f"Agreement of noise levels: {run.name}", text, body
+            )
+    return list(shown.values())
+
+
+def _but_seed(part: object) -> object:
+    return {k: v for k, v in part.items() if k != "seed"} if isinstance(part, dict) else part
+
+
+def _bands(results: Sequence[RunResult]) -> str:
+    joined = any(r.bands for r in results)
+    return " Lines are means over seeds, bands their least and greatest." if joined else ""
+
+
 def _curves(results: Sequence[RunResult], metric: str) -> str:
-    series = [
-        Series(
-            r.name,
-            [float(e.images) for e in r.evaluations],
-            [e.distances[metric] for e in r.evaluations],
-        )
+    series = [_series(r, metric, lambda _, e: float(e.images)) for r in results]
+    return line_chart(series, x_label="training images", y_label=metric, y_log=True)
+
+
+def _series(
+    run: RunResult, metric: str, cost: Callable[[RunResult, Evaluation], float], last: bool = False
+) -> Series:
+    """A metric over a cost, at every checkpoint or at the last one alone."""
+    found, bands = run.evaluations, run.bands
+    if last:
+        found, bands = found[-1:], bands[-1:]
+    x, y = [cost(run, e) for e in found], [e.distances[metric] for e in found]
+    low, high = ([b[metric][side] for b in bands] if bands else None for side in (0, 1))
+    return Series(run.name, x, y, low, high, scatter=last)
+
+
+def _fronts(results: Sequence[RunResult]) -> list[Section]:
+    """Charts of quality over cost, where there are runs to compare."""
+    if len(results) < 2:
+        return []
+    metric = next(iter(results[0].last.distances))
+    training = [
+        _series(r, metric, lambda run, e: e.images * run.cost.mean_macs_draws / 1e9)
         for r in results
     ]
-    return line_chart(series, x_label="training images", y_label=metric, y_log=True)
+    sampling = [
+        _series(r, metric, lambda run, _: sum(run.cost.calls) * run.cost.mean_macs / 1e6, last=True)
+        for r in results
+    ]
+    text = (
+        "The same distance against what it cost. The grey steps are the front: what no other run "
+        "beats at that cost. MACs of the network alone, attention included; a training step costs "
+        "about three times its forward pass, which is what is counted."
+    )
+    body = front_chart(
+        training,
+        x_label="billions of MACs: training images seen x MACs of a call",
+        y_label=metric,
+        title="Training",
+    ) + front_chart(
+        sampling,
+        x_label="millions of MACs per sampled image, all network calls",
+        y_label=metric,
+        title="Sampling, last checkpoint",
+    )
+    return [Section("Quality against cost", text, body)]
+
+
+def _maps(results: Sequence[RunResult]) -> list[Section]:
+    """Maps of the memory banks, each once."""
+    banks: dict[tuple[int, str, str], tuple[str, MemoryBank]] = {}
+    for run in results:
+        if run.bank is not None:
+            encoder = str(run.bank.encoder.get("name"))
+            key = (run.bank.num, str(run.bank.encoder), run.bank.data)
+            banks.setdefault(key, (encoder, run.bank))
+    text = (
+        "Made once, by a frozen encoder. Each dot is a snippet, by the two directions in which the "
+        "bank varies most; colours are classes, which the bank was not told when it was made."
+    )
+    return [
+        Section(f"The memory bank: {encoder}, {bank.num:,} snippets", text, bank_map(bank))
+        for encoder, bank in banks.values()
+    ]
 
 
 def _figures(results: Sequence[RunResult]) -> Section:
@@ -216,12 +262,18 @@ def _figures(results: Sequence[RunResult]) -> Section:
 def _quality_table(results: Sequence[RunResult]) -> str:
     metrics = list(results[0].last.distances)
     headers = ["run", *metrics, *(f"{m}, held-out snippets" for m in metrics)]
-    rows = [[r.name, *_quality(r.last, metrics)] for r in results]
     best: dict[int, Literal["min", "max"]] = dict.fromkeys(range(1, len(headers)), "min")
-    return table([*headers, "nearest training image", "copies, %"], rows, best=best)
+    headers += ["nearest training image", "copies, %"]
+    rows = [[r.name, *_quality(r.last, metrics)] for r in results]
+    if any(r.bands for r in results):
+        headers += [f"{m}, range over seeds" for m in metrics]
+        for row, run in zip(rows, results, strict=True):
+            ends = [run.bands[-1].get(m) if run.bands else None for m in metrics]
+            row += [None if e is None else f"{e[0]:.4g} to {e[1]:.4g}" for e in ends]
+    return table(headers, rows, best=best)
 
 
-def _quality(found: Evaluation, metrics: Sequence[str]) -> list[float | None]:
+def _quality(found: Evaluation, metrics: Sequence[str]) -> list[str | float | None]:
     second: Mapping[str, float] = found.held_out_snippets or {}
     figures = [*(found.distances[m] for m in metrics), *(second.get(m) for m in metrics)]
     copying = found.memorisation
@@ -238,10 +290,12 @@ def _cost_table(results: Sequence[RunResult]) -> str:
     )
 
 
-def _grid_text(found: Evaluation) -> str:
+def _grid_text(run: RunResult) -> str:
+    first = " of the first seed" if run.seeds > 1 else ""
     return (
-        f"Not selected: images 0 to {_SHOWN - 1} of the evaluation after {found.images:,} training "
-        "images, each beside its nearest training image and the distance between them."
+        f"Not selected: images 0 to {_SHOWN - 1}{first} of the evaluation after "
+        f"{run.last.images:,} training images, each beside its nearest training image and the "
+        "distance between them."
     )
 
 

@@ -1,6 +1,6 @@
 """`stratagem evaluate`: how near samples are to the data, and how near to its single images.
 
-    quality        Frechet distance of features between samples and training images
+    quality        distances of features between samples and real images, see `programs.measures`
     memorisation   distance to the nearest training image, beside that of held-out real images
 
 Snippets come from training images, so every figure of a memory model has a second one beside it:
@@ -12,114 +12,44 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import platform
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+import stratagem
 from stratagem import artifact
 from stratagem.assemble import Model
-from stratagem.data.shards import DataSet
-from stratagem.encoders import build_encoder
+from stratagem.autoencoders import Finish
+from stratagem.data.latents import Statistics
 from stratagem.errors import InputError
-from stratagem.metrics.features import (
-    Components,
-    EncoderFeatures,
-    FeatureNet,
-    PixelComponents,
-    metric_name,
-    statistics_of,
-)
-from stratagem.metrics.frechet import Statistics, frechet_distance, refuse_few
-from stratagem.metrics.inception import load_inception
 from stratagem.metrics.memorisation import Memorisation, audit, nearest
 from stratagem.programs import Progress, silent
+from stratagem.programs.measures import FeatureName, Measures
+from stratagem.programs.reference import Reference
 from stratagem.programs.sample import SampleConfig, sample_run
+from stratagem.programs.sources import Source, held, open_source
 
 __all__ = [
     "Evaluation",
     "FeatureName",
+    "Measures",
     "Reference",
     "evaluate_images",
     "evaluate_run",
     "load_all",
     "load_preview",
+    "spread",
 ]
 
 KIND = "evaluation"
-FeatureName = Literal["pixels", "effnet", "inception"]
 _PREVIEW = 40
-
-
-class Reference:
-    """The real images that samples are compared with, and their statistics, computed once.
-
-    Args:
-        path: The data set artifact.
-        features: Names of the feature nets.
-        weights: Weights file of the Inception net, for "inception" and only for it.
-
-    Raises:
-        InputError: If the data is missing, or features and weights do not fit.
-    """
-
-    def __init__(
-        self, path: Path, features: Sequence[FeatureName], weights: Path | None = None
-    ) -> None:
-        if ("inception" in features) != (weights is not None):
-            raise InputError("features inception needs --weights FILE, and nothing else takes it")
-        data = DataSet.open(path)
-        self.data = data
-        self.train = data.images(data.train_indices)
-        self.held_out = data.images(data.held_out_indices)
-        self.nets = [self._net(name, weights) for name in features]
-        self.statistics = [_statistics(self.train, net) for net in self.nets]
-        self.held_out_distances = (
-            self.distances(self.held_out, allow_few=True) if len(self.held_out) > 1 else None
-        )
-
-    def _net(self, name: FeatureName, weights: Path | None) -> FeatureNet:
-        match name:
-            case "pixels":
-                most = min(len(self.train) - 1, self.train[0].numel())
-                return PixelComponents.fit(self.train, min(32, most))
-            case "effnet":
-                return self._effnet()
-            case "inception":
-                assert weights is not None
-                return load_inception(weights)
-
-    def _effnet(self) -> FeatureNet:
-        """All 1,280 features where there are images enough for them, else their 64 components."""
-        encoder = build_encoder("effnet", self.data.shape)
-        if len(self.train) >= 4 * encoder.dim:
-            return EncoderFeatures(encoder)
-        vectors = torch.cat([encoder(images) for images in self.train.split(256)])
-        return EncoderFeatures(encoder, Components.fit(vectors, min(64, len(vectors) - 1)))
-
-    def require(self, shape: Sequence[int], num: int, *, allow_few: bool) -> None:
-        """Refuses samples that cannot be measured.
-
-        Raises:
-            InputError: If they have another shape (C, H, W), or are too few for the features.
-        """
-        if tuple(shape) != self.train.shape[1:]:
-            raise InputError(
-                f"samples of shape {tuple(shape)} cannot be compared with data of shape "
-                f"{tuple(self.train.shape[1:])}: prepare the data at the samples' size"
-            )
-        for net in () if allow_few else self.nets:
-            refuse_few(num, net.dim)
-
-    def distances(self, images: Tensor, *, allow_few: bool = False) -> dict[str, float]:
-        """Returns the Frechet distance to the training images, for each feature net by its name."""
-        return {
-            metric_name(net): frechet_distance(_statistics(images, net), real, allow_few=allow_few)
-            for net, real in zip(self.nets, self.statistics, strict=True)
-        }
 
 
 @dataclass(frozen=True)
@@ -130,11 +60,14 @@ class Evaluation:
         step: Of the checkpoint, 0 for samples.
         images: Training images seen by then.
         num: Samples evaluated.
-        distances: Metric -> Frechet distance to the training images.
-        held_out_snippets: The same with snippets of held-out images, or None.
+        distances: Metric -> Frechet distance to the real images.
+        held_out_snippets: All metrics with snippets of held-out images, or None.
         memorisation: Figures of the distance to the nearest training image, or None without
             held-out images to compare with.
         protocol: All that decides the figures.
+        figures: Every other metric.
+        intervals: Metric -> 95 % interval of other samples of the same source, see
+            `metrics.frechet.Interval`.
     """
 
     step: int
@@ -144,6 +77,8 @@ class Evaluation:
     held_out_snippets: dict[str, float] | None
     memorisation: dict[str, float] | None
     protocol: dict[str, Any]
+    figures: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def evaluate_run(
@@ -152,66 +87,144 @@ def evaluate_run(
     cfg: SampleConfig,
     *,
     held_out_snippets: bool = True,
-    allow_few: bool = False,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Samples from a run, measures, and keeps the result in the run's folder.
+    """Samples from a run and measures.
+
+    The result is kept in the run's folder if it has all that `compare` shows: a Frechet distance
+    to a data set, and the nearest training images.
 
     Args:
         model: The run at one checkpoint.
         reference: What to compare with.
         cfg: How to sample.
         held_out_snippets: Whether a memory model is sampled a second time with held-out snippets.
-        allow_few: Whether a distance may be taken of fewer images than dimensions.
         progress: Called while sampling.
 
     Raises:
-        InputError: If sizes do not fit, or there are too few images for the features.
+        InputError: If sizes do not fit, there are too few images for the features, or several
+            processes evaluate.
     """
-    reference.require(model.shape, cfg.num, allow_few=allow_few)  # before the work, not after it
-    images = sample_run(model, cfg, progress=progress).images
+    if reference.world.size > 1:
+        raise InputError(
+            f"a run is evaluated by one process: sample it with  stratagem sample {model.path}  "
+            "under torchrun, and evaluate its samples"
+        )
+    # before the work, not after it
+    reference.require(model.finish.shape, cfg.num)
+    rounding = reference.measures.rounding
+    images = _sampled(model, cfg, rounding, progress)
     second = None
-    if held_out_snippets and model.bank is not None and bool(model.bank.held_out.any()):
-        held = sample_run(model, dataclasses.replace(cfg, snippets="held-out"), progress=progress)
-        second = reference.distances(held.images, allow_few=allow_few)
-    result = evaluate_images(
-        images,
-        reference,
-        protocol={"sampling": dataclasses.asdict(cfg)},
-        allow_few=allow_few,
-    )
+    from_all = cfg.snippets == "train" and cfg.label is None
+    bank = model.bank if held_out_snippets and from_all else None
+    if bank is not None and bool(bank.held_out.any()):
+        others = dataclasses.replace(cfg, snippets="held-out")
+        found = reference.measure(held(_sampled(model, others, rounding, progress)))
+        second = {**found.distances, **found.others}
+    protocol = {
+        "run": str(model.path),
+        "ema_std": model.ema_std,
+        "sampling": dataclasses.asdict(cfg),
+        "rounding": rounding,
+    }
     result = dataclasses.replace(
-        result,
+        _evaluate(held(images), reference, protocol),
         step=model.step,
         images=model.step * model.config.train.batch_size,
         held_out_snippets=second,
     )
-    _save(model.path / "evaluations" / f"step-{model.step:08d}", result, images, reference)
+    measures = reference.measures
+    whole = measures.memorisation and "fd" in measures.metrics and model.ema_std is None
+    if reference.data is not None and whole:
+        _save(model.path / "evaluations" / f"step-{model.step:08d}", result, images, reference)
     return result
 
 
 def evaluate_images(
-    images: Tensor, reference: Reference, *, protocol: dict[str, Any], allow_few: bool = False
+    images: Tensor | Path, reference: Reference, *, progress: Progress = silent
 ) -> Evaluation:
-    """Measures samples, uint8 (N, C, H, W), against a reference.
+    """Measures samples, uint8 (N, C, H, W) or wherever they are, against a reference.
 
     Raises:
-        InputError: If sizes do not fit, or there are too few images for the features.
+        InputError: If there are none, sizes do not fit, or there are too few for the features.
     """
-    reference.require(images.shape[1:], len(images), allow_few=allow_few)
-    memorisation = None
-    if len(reference.held_out):
-        memorisation = _figures(audit(images, reference.train, reference.held_out))
-    described = {
-        **protocol,
-        "reference": reference.data.fingerprint,
-        "reference_images": len(reference.train),
-        "held_out_images": len(reference.held_out),
-        "features": [net.description() for net in reference.nets],
-        "held_out_real": reference.held_out_distances,
+    if reference.measures.rounding != "nearest":
+        raise InputError("--rounding has no effect: these images are whole numbers already")
+    if isinstance(images, Tensor):
+        samples = held(images)
+    else:
+        real = reference.source
+        samples = open_source(images, None if real is None else real.shape[0])
+    protocol = {"samples": samples.name, "rounding": "as stored"}
+    return _evaluate(samples, reference, protocol, progress)
+
+
+def spread(found: Sequence[Evaluation]) -> dict[str, dict[str, float]]:
+    """Returns mean, standard deviation, least and largest of each metric over several targets."""
+    rows = [{**e.distances, **e.figures} for e in found]
+    common = [name for name in rows[0] if all(name in row for row in rows)]
+    columns = {name: [row[name] for row in rows] for name in common}
+    return {
+        name: {
+            "mean": statistics.fmean(values),
+            "std": statistics.stdev(values),
+            "min": min(values),
+            "max": max(values),
+        }
+        for name, values in columns.items()
     }
-    distances = reference.distances(images, allow_few=allow_few)
-    return Evaluation(0, 0, len(images), distances, None, memorisation, described)
+
+
+def _evaluate(
+    samples: Source,
+    reference: Reference,
+    protocol: dict[str, Any],
+    progress: Progress = silent,
+) -> Evaluation:
+    reference.require(samples.shape, samples.num)
+    found = reference.measure(samples, progress)
+    copying = None
+    if reference.held_out is not None and not reference.world.rank:
+        flip = reference.data is not None and reference.data.flip
+        found_near = audit(samples.all(), reference.train, reference.held_out, flip=flip)
+        copying = _figures(found_near)
+    return Evaluation(
+        0,
+        0,
+        samples.num,
+        found.distances,
+        None,
+        copying,
+        {**protocol, **reference.description(), **_versions(reference)},
+        found.others,
+        {name: interval._asdict() for name, interval in found.intervals.items()},
+    )
+
+
+def _sampled(model: Model, cfg: SampleConfig, rounding: str, progress: Progress) -> Tensor:
+    """Samples images and rounds their values u = 127.5 x + 127.5 to whole numbers."""
+    if rounding == "floor":
+        if model.finish.statistics is not None:
+            raise InputError(
+                "--rounding floor is not for runs of latents: a decoder rounds by itself"
+            )
+        zeros, ones = ([value] * model.shape[0] for value in (0.0, 1.0))
+        plain = Finish(model.finish.shape, Statistics(zeros, ones))  # leaves x as it is
+        images = sample_run(dataclasses.replace(model, finish=plain), cfg, progress=progress).images
+        return (127.5 * images + 127.5).clamp(0, 255).to(torch.uint8)
+    return sample_run(model, cfg, progress=progress).images
+
+
+def _versions(reference: Reference) -> dict[str, Any]:
+    return {
+        "device": reference.world.device.type,
+        "versions": {
+            "stratagem": stratagem.__version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+    }
 
 
 def load_all(run: Path) -> list[Evaluation]:
@@ -253,8 +266,3 @@ def _save(path: Path, result: Evaluation, images: Tensor, reference: Reference) 
 def _figures(found: Memorisation) -> dict[str, float]:
     names = ("median", "held_out_median", "ratio", "copy_rate", "copy_rate_min", "p_value")
     return {name: getattr(found, name) for name in (*names, "authentic")}
-
-
-def _statistics(images: Tensor, net: FeatureNet) -> Statistics:
-    with torch.no_grad():
-        return statistics_of(images.split(256), net)

@@ -20,6 +20,7 @@ __all__ = ["Series", "format_number", "line_chart"]
 
 _HEIGHT = 300  # pixels, as in the style sheet of page.py: labels are spread in pixels
 _COLOURS = 6
+LOOKS = 2 * _COLOURS  # each colour comes dashed, or of points hollow, too
 _DOTS = 40  # a curve of more points shows none until the pointer is over it
 _TARGETS = 120  # at most so many points of a curve answer the pointer
 _LABEL_GAP = 17
@@ -36,6 +37,7 @@ class Series:
         y: Ordinates, as many.
         low: Lower edge of a band, as many, or None.
         high: Upper edge of the band.
+        scatter: Whether these are points without a line, in any order.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Series:
     y: Sequence[float]
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
+    scatter: bool = False
 
     def __post_init__(self) -> None:
         for values in (self.y, self.low, self.high):
@@ -153,10 +156,13 @@ def line_chart(
     x_log: bool = False,
     y_log: bool = False,
     marks: Sequence[tuple[float, str]] = (),
+    front: Sequence[tuple[float, float]] = (),
+    alike: bool = False,
 ) -> str:
     """Draws curves; returns an HTML <figure> for `page.page`.
 
-    Curves are labelled at their ends; on narrow screens, or if a name is long, by a legend.
+    Curves are labelled at their ends; on narrow screens, if a name is long, or if there are points
+    without a line, by a legend.
 
     Args:
         series: The curves, the most important first; the first six differ in colour, the next
@@ -167,25 +173,31 @@ def line_chart(
         x_log: Whether the abscissa is logarithmic.
         y_log: Whether the ordinate is logarithmic.
         marks: Vertical lines, (x, label).
+        front: Points (x, y), falling, joined by steps behind the curves.
+        alike: Draw all series alike, without a legend; their names show on hover.
     """
     spread = [v for s in series for values in (s.y, s.low or (), s.high or ()) for v in values]
     places = [m for m, _ in marks if _drawable(m, x_log)]
-    x_axis = _axis([v for s in series for v in s.x] + places, x_log, 0.0)
+    loose = any(s.scatter for s in series)
+    x_axis = _axis([v for s in series for v in s.x] + places, x_log, 0.04 * loose)
     y_axis = _axis(spread, y_log, 0.05)
     strip, rows = _marks(marks, x_axis)
-    body = [_grid(x_axis, y_axis), strip]
+    body = [_grid(x_axis, y_axis), strip, _steps(front, x_axis, y_axis)]
     for k, one in reversed(list(enumerate(series))):  # the first lies on top
-        body.append(_curves(one, k, x_axis, y_axis))
-        body.append(_points(one, k, x_axis, y_axis, x_label, y_label))
-    body.append(_end_labels(series, y_axis))
+        look = 0 if alike else k
+        body.append("" if one.scatter else _curves(one, look, x_axis, y_axis))
+        body.append(_points(one, look, x_axis, y_axis, x_label, y_label))
     left = 12 + 8 * max((len(label) for label in _tick_labels(y_axis)), default=1)
     longest = max((len(s.name) for s in series), default=0)
-    right = 22 + round(7.4 * longest) if longest <= _LONGEST else 8
-    kind = "chart" if longest <= _LONGEST else "chart listed"
+    listed = loose or longest > _LONGEST
+    if not loose:
+        body.append(_end_labels(series, y_axis))
+    right = 8 if listed else 22 + round(7.4 * longest)
+    kind = "chart listed" if listed else "chart"
     caption = f"<figcaption>{escape(title)}</figcaption>" if title else ""
     return (
         f'<figure class="{kind}" style="--left:{left}px;--right:{right}px;--rows:{rows}">{caption}'
-        f'{_legend(series)}<p class="y-label">{escape(y_label)}</p>'
+        f'{"" if alike else _legend(series)}<p class="y-label">{escape(y_label)}</p>'
         f'<svg class="plot" role="img" aria-label="{escape(title or y_label)}">{"".join(body)}'
         f'</svg><p class="x-label">{escape(x_label)}</p>{_note(series, x_axis, y_axis)}</figure>'
     )
@@ -253,6 +265,20 @@ def _curves(series: Series, index: int, x_axis: _Axis, y_axis: _Axis) -> str:
     )
 
 
+def _steps(front: Sequence[tuple[float, float]], x_axis: _Axis, y_axis: _Axis) -> str:
+    """Points joined by steps: flat until the next cost, then down to its distance."""
+    points = [p for p in front if _drawable(p[0], x_axis.log) and _drawable(p[1], y_axis.log)]
+    if len(points) < 2:
+        return ""
+    corners = [points[0]]
+    for x, y in points[1:]:
+        corners += [(x, corners[-1][1]), (x, y)]
+    return (
+        '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" width="100%" height="100%">'
+        f'<polyline class="front" points="{_coordinates(corners, x_axis, y_axis)}"/></svg>'
+    )
+
+
 def _runs(
     x: Sequence[float], rows: Sequence[tuple[float, ...]], x_axis: _Axis, y_axis: _Axis
 ) -> list[list[tuple[float, tuple[float, ...]]]]:
@@ -280,11 +306,20 @@ def _points(
         if _drawable(x, x_axis.log) and _drawable(y, y_axis.log)
     ]
     kind, radius = ("dot", "3.5") if len(drawn) <= _DOTS else ("dot hidden", "7")
+    step = max(1, math.ceil(len(drawn) / _TARGETS))
+    if series.scatter:
+        kind, radius, step = "dot", "3" if len(drawn) > 1 else "5.5", 1
     dots = []
-    for i, x, y in drawn[:: max(1, math.ceil(len(drawn) / _TARGETS))]:
+    for i, x, y in drawn[::step]:
         band = ""
         if series.low is not None and series.high is not None:
             band = f" ({format_number(series.low[i])} to {format_number(series.high[i])})"
+            if series.scatter:
+                ends = [_percent(1 - y_axis(v)) for v in (series.low[i], series.high[i])]
+                at = _percent(x_axis(x))
+                dots.append(
+                    f'<line class="bar" x1="{at}" x2="{at}" y1="{ends[0]}" y2="{ends[1]}"/>'
+                )
         lines = (
             series.name,
             f"{y_label}: {format_number(y)}{band}",
@@ -329,7 +364,9 @@ def _reach(group: tuple[float, int], side: int) -> float:
 
 
 def _legend(series: Sequence[Series]) -> str:
-    items = (f'<li class="{_look(k)}"><i></i>{escape(s.name)}</li>' for k, s in enumerate(series))
+    looks = (f"{_look(k)}{' loose' * s.scatter}" for k, s in enumerate(series))
+    names = (escape(s.name) for s in series)
+    items = (f'<li class="{look}"><i></i>{n}</li>' for look, n in zip(looks, names, strict=True))
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 

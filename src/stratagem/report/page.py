@@ -130,7 +130,7 @@ def _cell(value: Cell, decimals: int, best: bool) -> str:
     if value is None:
         return '<span class="none">\N{EN DASH}</span>'
     if isinstance(value, str):
-        return escape(value)
+        return _text(value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int) or not math.isfinite(value):
@@ -241,7 +241,12 @@ def page(title: str, lead: str, sections: Sequence[Section], footer: str = "") -
 
 def _paragraphs(text: str) -> str:
     blocks = (block.strip() for block in text.split("\n\n"))
-    return "".join(f"<p>{escape(block)}</p>" for block in blocks if block)
+    return "".join(f"<p>{_text(block)}</p>" for block in blocks if block)
+
+
+def _text(words: str) -> str:
+    """Escapes text, and keeps a number and its per cent on one line."""
+    return escape(words).replace(" %", "&nbsp;%")
 
 
 def save_page(path: Path, html: str) -> None:

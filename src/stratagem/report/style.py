@@ -51,9 +51,13 @@ line.mark{stroke:var(--base);stroke-dasharray:2 4}
 .line{fill:none;stroke:var(--c);stroke-width:2.25;stroke-linejoin:round;stroke-linecap:round;
 vector-effect:non-scaling-stroke}
 .dashed .line{stroke-dasharray:7 5}
+.front{fill:none;stroke:var(--base);stroke-width:7;opacity:.4;vector-effect:non-scaling-stroke;
+stroke-linejoin:round}
+.bar{stroke:var(--c);stroke-width:2}
 .band{fill:var(--c);opacity:.14}
 .dot{fill:var(--c);stroke:var(--card);stroke-width:1.5}
 .dot:hover{stroke:var(--c);stroke-width:5}
+.dashed .dot{fill:var(--card);stroke:var(--c)}
 .dot.hidden{opacity:0}.dot.hidden:hover{opacity:1;stroke-width:0}
 .c1{--c:var(--c1)}.c2{--c:var(--c2)}.c3{--c:var(--c3)}
 .c4{--c:var(--c4)}.c5{--c:var(--c5)}.c6{--c:var(--c6)}
@@ -62,6 +66,9 @@ font-size:.84rem;line-height:1.5}
 .legend i{display:inline-block;width:18px;margin-right:7px;vertical-align:middle;
 border-top:3px solid var(--c)}
 .legend .dashed i{border-top-style:dashed}
+.legend .loose i{width:10px;height:10px;border:2px solid var(--c);border-radius:50%;
+background:var(--c)}
+.legend .dashed.loose i{background:none}
 .listed .legend{display:flex}.listed .name{display:none}
 .scroll{overflow-x:auto;margin:0 -24px}
 table{border-collapse:collapse;width:100%;font-size:.9rem;line-height:1.4;
