@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stratagem.data.shards import DataSet, Sample, write_dataset
+from stratagem.data.shards import DataSet
+from stratagem.data.writing import Sample, Source, write_dataset
 
 torch.set_num_threads(1)
 
@@ -23,9 +24,8 @@ def blobs(tmp_path_factory: pytest.TempPathFactory) -> DataSet:
         image = bright[:, None] * torch.exp(-((rows - (k // 8)) ** 2) / 4)[None, :]
         pixels = (255 * image[None]).round().to(torch.uint8)
         samples.append(Sample(pixels, k % 2, f"{k:02d}"))
-    return write_dataset(
-        path, samples, classes=["even", "odd"], source="blobs", flip=True, holdout=0.2
-    )
+    source = Source("blobs", ["even", "odd"], samples)
+    return write_dataset(path, source, flip=True, holdout=0.2)
 
 
 @pytest.fixture(scope="session")

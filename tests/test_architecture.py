@@ -19,6 +19,7 @@ ORDER = [
     "schedule",
     "stages",
     "density",
+    "stage_draw",
     "memory",
     "clustering",
     "nets",
@@ -30,13 +31,22 @@ ORDER = [
     "data",
     "encoders",
     "batches",
+    "distributed",
+    "prefetch",
+    "optimizers",
+    "train_config",
+    "stopping",
     "ema",
     "checkpoint",
+    "post_hoc",
     "train",
     "metrics",
     "interop",
+    "autoencoders",
     "report",
+    "tailor",
     "config",
+    "networks",
     "assemble",
     "programs",
     "cli",
@@ -78,7 +88,7 @@ def test_imports_come_from_above(name: str) -> None:
 
 def test_the_order_check_sees_imports() -> None:
     """The check above would pass on anything if it saw no imports."""
-    assert {"denoiser", "schedule"} <= ours(TREES["sampler.py"])
+    assert {"denoiser", "schedule"} <= ours(TREES["sampler/base.py"])
     assert {"clustering", "data"} <= ours(TREES["programs/stages.py"])
 
 
@@ -107,7 +117,7 @@ def lines_of_code(tree: ast.AST) -> int:
 
 
 def test_library_stays_within_its_budget() -> None:
-    assert 2000 < sum(lines_of_code(tree) for tree in TREES.values()) <= 12000
+    assert 2000 < sum(lines_of_code(tree) for tree in TREES.values()) <= 16000
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if not n.endswith("__main__.py")])
@@ -169,7 +179,8 @@ def test_exported_means_tested() -> None:
 def test_torch_distributed_and_pickles_stay_out() -> None:
     for name, tree in TREES.items():
         text = ast.unparse(tree)
-        assert "pickle.load" not in text, name
+        called = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+        assert not called & {"pickle.load", "pickle.loads"}, name
         assert "weights_only=False" not in text, name
         if room(name) != "distributed":
             assert "torch.distributed" not in text, name

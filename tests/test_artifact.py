@@ -31,7 +31,7 @@ from stratagem.artifact import (
     write_tensor_file,
     write_tensors,
 )
-from stratagem.artifact.manifest import FORMAT, flush, parse, signed, sum_of
+from stratagem.artifact.manifest import FORMAT, flush, parse, read_body, signed, sum_of
 from stratagem.errors import DamagedArtifact, InputError
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2]), "e": torch.zeros(0, 3)}
@@ -297,3 +297,12 @@ def test_a_later_format_is_refused(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"format": 1', '"format": 99'))
     with pytest.raises(InputError, match="format 99"):
         read_folder(tmp_path / "f", "thing")
+
+
+def test_a_body_without_its_last_byte_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"a": 1}\n')
+    assert read_body(path) == {"a": 1}
+    path.write_text('{"a": 1}')  # what it says is whole, but the file is not
+    with pytest.raises(DamagedArtifact, match=r"a\.json is truncated"):
+        read_body(path)

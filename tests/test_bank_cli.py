@@ -70,7 +70,7 @@ def run(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 def test_the_bank_knows_its_images(run: Run, blobs: DataSet) -> None:
     bank = MemoryBank.load(Path("bank"))
     assert (bank.num, bank.dim, bank.flips, bank.format) == (40, 64, True, "float16")
-    assert [bank.ids[row] for row in range(40)] == blobs.names
+    assert [bank.ids[row] for row in range(40)] == list(blobs.names)
     assert bank.shape == (1, 8, 8)
     bank.check(blobs.fingerprint)
     code, out, _ = run("info bank --json")

@@ -228,7 +228,7 @@ WRONG = {
     "bank build nowhere --out x": "does not exist",
     "bank build runs/both --out x": "not a finished dataset",
     "bank info stages.json": "stages.json",
-    "stages data --out x --num 5": "dp",
+    "stages data --out x --num 0": "ask for at least 1",
     "stages data --out stages.json": "already exists",
     "train absent.yaml --out x": "does not exist",
     "train typo.yaml --out x": "did you mean train.steps",

@@ -146,7 +146,9 @@ def result(name: str, curve: dict[int, float], p_value: float = 1.0) -> RunResul
     ]
     picture = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
     preview = {"samples": picture, "neighbours": picture, "distances": torch.zeros(2)}
-    return RunResult(name, evaluations, Cost(10, (3,), (5,), 5.0), 100.0, preview)
+    return RunResult(
+        name, evaluations, Cost(10, (3,), (5,), 5.0, (10,), (1.0,), 5.0), 100.0, preview
+    )
 
 
 PLAIN = result("plain", {100: 0.9, 200: 0.5})

@@ -45,7 +45,7 @@ def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
     text = "".join(blocks("sh")[1:])
     commands = [line for line in text.splitlines() if line.startswith("stratagem ")]
-    assert len(commands) == 8 + 3
+    assert len(commands) == 9 + 3
     for line in commands:
         assert main(shlex.split(line)[1:]) == 0, line
 

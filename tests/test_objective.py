@@ -15,6 +15,7 @@ from stratagem.errors import InputError
 from stratagem.nets.cost import parameters
 from stratagem.objective import AlignmentHead, Losses, Objective
 from stratagem.schedule import EDM, VP, Cosine, Linear, NoiseSchedule, expand
+from stratagem.stages import Stages
 from tolerances import FLOAT32, assert_near
 
 GOLDEN = Path(__file__).parent / "golden" / "transport_losses.safetensors"
@@ -165,3 +166,27 @@ def test_alignment_without_a_partner_is_refused() -> None:
         objective(x, x, t)
     with pytest.raises(ValueError, match=r"align is \(3, 4, 5\), but the head gives \(3, 4, 6\)"):
         objective(x, x, t, align=tokens[..., :5])
+
+
+class Told(nn.Module):
+    """A backbone that notes what it is told of stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages: list[object] = []
+
+    def forward(self, x_t: Tensor, time: Tensor, stage: object = None) -> Tensor:
+        self.stages.append(stage)
+        return x_t
+
+
+def test_the_stage_of_a_batch_reaches_the_network_and_is_found_from_t_without() -> None:
+    x, t, net = torch.randn(3, 1, 2, 2), torch.tensor([0.1, 0.5, 0.9]), Told()
+    objective = Objective(Denoiser(net, Linear(), "v", Stages((1.0, -1.0))))
+    for stage in ((1, 1, 1), 2, None):
+        objective(x, x, t, stage=stage)
+    assert net.stages[:2] == [(1, 1, 1), 2]
+    assert isinstance(net.stages[2], Tensor)
+    assert net.stages[2].tolist() == [0, 1, 2]
+    Objective(Denoiser(net, Linear(), "v"))(x, x, t)
+    assert net.stages[3] is None

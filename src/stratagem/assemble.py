@@ -9,8 +9,6 @@ is refused here, in one line.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,29 +17,60 @@ import torch
 
 from stratagem import checkpoint, config
 from stratagem.artifact import read_record
-from stratagem.batches import AlignTokens, Batches, Conditions, Snippets
-from stratagem.config import DiffusionConfig, MemoryConfig, RunConfig, StagesConfig
+from stratagem.autoencoders import Finish, finish_of
+from stratagem.batches import AlignTokens, Batches, Conditions, Snippets, Tokens
+from stratagem.config import AlignConfig, DiffusionConfig, RunConfig, StagesConfig
+from stratagem.config.checks import check_decoders
+from stratagem.data.official import open_data
+from stratagem.data.order import draw_weights
 from stratagem.data.shards import DataSet
 from stratagem.denoiser import Denoiser
 from stratagem.density import LogitNormal, LogNormalSigma, TimeDensity, Uniform
-from stratagem.encoders import build_token_encoder
+from stratagem.encoders import TokenEncoder, build_token_encoder
 from stratagem.errors import InputError
 from stratagem.memory.bank import MemoryBank
 from stratagem.nets.multi_decoder import MultiDecoder
-from stratagem.nets.transformer import TransformerConfig, TransformerDecoder, TransformerEncoder
+from stratagem.nets.warm_start import part_decoders
+from stratagem.networks import condition_width, make_backbone
 from stratagem.objective import AlignmentHead, Objective
-from stratagem.schedule import EDM, VP, Cosine, Linear, NoiseSchedule
+from stratagem.post_hoc import average_of
+from stratagem.schedule import EDM, VP, Cosine, Linear, NoiseSchedule, SqrtLinear
+from stratagem.stage_draw import StageDraw
 from stratagem.stages import Stages
 
 __all__ = [
+    "Inputs",
     "Model",
     "Parts",
+    "align_encoder",
     "assemble",
+    "join",
     "make_backbone",
     "make_density",
+    "make_objective",
     "make_schedule",
+    "open_inputs",
     "open_run",
 ]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The artifacts of a run, which belong together.
+
+    Attributes:
+        data: The data set.
+        bank: The memory bank, or None.
+        stages: The stages, or None for one.
+        record: How the stages were found.
+        description: What the run is made from, as in `Parts`.
+    """
+
+    data: DataSet
+    bank: MemoryBank | None
+    stages: Stages | None
+    record: dict[str, Any]
+    description: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -68,12 +97,14 @@ class Model:
     Attributes:
         denoiser: With the weights of one checkpoint, in eval mode.
         config: The run's configuration.
-        shape: (C, H, W) of an image.
+        shape: (C, H, W) of an image, or of a latent.
         num_classes: Classes of the label condition, 0 without.
         bank: Its memory bank, or None.
         step: Of the checkpoint.
         data: Fingerprint of the data set it was trained on.
         path: The run's folder.
+        finish: Makes samples of what the network gives.
+        ema_std: Of the average that the weights are; None for the exponential one.
     """
 
     denoiser: Denoiser
@@ -84,6 +115,8 @@ class Model:
     step: int
     data: str
     path: Path
+    finish: Finish
+    ema_std: float | None = None
 
 
 def assemble(run: RunConfig) -> Parts:
@@ -93,18 +126,51 @@ def assemble(run: RunConfig) -> Parts:
         InputError: If an artifact is missing or made from other data, or sizes do not fit.
         DamagedArtifact: If an artifact is truncated or altered.
     """
-    data = DataSet.open(Path(run.data))
+    if run.stages is not None and run.stages.budget is not None:
+        raise InputError("stages.budget is not spent yet: see stratagem.programs.plan.tailored")
+    inputs = open_inputs(run)
+    return join(run, inputs, _align_tokens(run, inputs.data))
+
+
+def join(run: RunConfig, inputs: Inputs, tokens: Tokens | None = None) -> Parts:
+    """Makes the objects of a run from its artifacts.
+
+    Args:
+        run: The configuration.
+        inputs: The artifacts.
+        tokens: The targets, where the configuration aligns.
+    """
+    data, made = inputs.data, inputs.description
+    objective = make_objective(run, made, inputs.stages, tokens.dim if tokens is not None else 0)
+    density = make_density(run.diffusion, objective.denoiser.schedule)
+    snippets = _snippets(run, inputs.bank)
+    told = Conditions(snippets, made["num_classes"], run.train.condition_dropout, tokens)
+    draw = _stage_draw(run, density, objective.denoiser)
+    file = None if run.train.weights is None else Path(run.train.weights)
+    weights = draw_weights(data, run.train.sampling, file)
+    batches = Batches(data, density, run.train.batch_size, run.seed, told, draw, weights)
+    return Parts(objective, batches, inputs.stages, made)
+
+
+def open_inputs(run: RunConfig, *, verify: bool = True) -> Inputs:
+    """Opens the artifacts of a run; without `verify`, pixels and snippets are not read.
+
+    Raises:
+        InputError: If an artifact is missing or made from other data, or sizes do not fit.
+        DamagedArtifact: If an artifact is truncated or altered.
+    """
+    data = open_data(Path(run.data), verify)
     bank = None
     if run.memory is not None:
-        bank = MemoryBank.load(Path(run.memory.bank))
-        bank.check(data.fingerprint)
-    parts = None
+        bank = MemoryBank.load(Path(run.memory.bank), verify=verify)
+        bank.check(data.origin)
+    parts: Stages | None = None
+    record: dict[str, Any] = {}
     if run.stages is not None:
-        parts, record = Stages.load(Path(run.stages.file))
-        _check_stages(run.stages, parts, record, data.fingerprint)
-    num_classes = len(data.classes) if run.model.labels else 0
-    if run.model.labels and not num_classes:
-        raise InputError(f"model.labels is true, but {run.data} has no labels: set it to false")
+        parts, record = _stages(run.stages, data.fingerprint)
+    num_classes = len(data.classes) if run.labels else 0
+    if run.labels and not num_classes:
+        raise InputError(f"labels is true, but {run.data} has no labels: set it to false")
     description = {
         "shape": list(data.shape),
         "num_classes": num_classes,
@@ -113,24 +179,36 @@ def assemble(run: RunConfig) -> Parts:
         "encoder": bank.encoder if bank is not None else None,
         "stages": list(parts.edges) if parts is not None else None,
     }
-    denoiser = _denoiser(run, description, parts)
-    density = make_density(run.diffusion, denoiser.schedule)
-    tokens = _align_tokens(run, data)
-    told = Conditions(_snippets(run, bank), num_classes, run.train.condition_dropout, tokens)
-    batches = Batches(data, density, run.train.batch_size, run.seed, told)
-    return Parts(_objective(run, denoiser, tokens), batches, parts, description)
+    if data.autoencoder is not None:
+        description["latents"] = {
+            "autoencoder": data.autoencoder,
+            "mean": data.statistics.mean,
+            "std": data.statistics.std,
+        }
+    return Inputs(data, bank, parts, record, description)
 
 
-def open_run(path: Path, *, step: int | None = None, bank: Path | None = None) -> Model:
+def open_run(
+    path: Path,
+    *,
+    step: int | None = None,
+    bank: Path | None = None,
+    autoencoder: str | None = None,
+    ema_std: float | None = None,
+) -> Model:
     """Opens a run with the averaged weights of its newest intact checkpoint, or of a given step.
 
     Args:
         path: The run's folder.
         step: Which checkpoint; None for the newest.
         bank: The memory bank, if it has moved since the training or was edited.
+        autoencoder: Weights that make images of a run's latents; without, samples are latents.
+        ema_std: Relative standard deviation of a power-function average to take in place of the
+            exponential one: a tracked one, or one mixed of those and the snapshots.
 
     Raises:
-        InputError: If there is no such run or checkpoint, or the bank does not fit.
+        InputError: If there is no such run or checkpoint, the bank or autoencoder does not fit, or
+            what was tracked does not make that average.
         DamagedArtifact: If the checkpoint is truncated or altered.
     """
     if not (path / "config.yaml").is_file():
@@ -142,7 +220,15 @@ def open_run(path: Path, *, step: int | None = None, bank: Path | None = None) -
         raise InputError(f"{path} has no checkpoint yet: train it first")
     parts = None if made["stages"] is None else Stages(tuple(made["stages"]))
     denoiser = _denoiser(run, made, parts)
-    denoiser.backbone.load_state_dict({**saved.tensors["model"], **saved.tensors["ema"]})
+    warm = 0 if run.stages is None else run.stages.warm_steps
+    averages = saved.tensors["ema"]
+    if ema_std is not None:
+        stds = run.train.ema_stds
+        averages = average_of(path, saved, stds, ema_std, denoiser.backbone, warm)
+    denoiser.backbone.load_state_dict({**saved.tensors["model"], **averages})
+    if saved.step < warm:  # one still serves all stages
+        assert isinstance(denoiser.backbone, MultiDecoder)
+        part_decoders(denoiser.backbone)
     return Model(
         denoiser.eval().requires_grad_(False),
         run,
@@ -152,6 +238,8 @@ def open_run(path: Path, *, step: int | None = None, bank: Path | None = None) -
         saved.step,
         made["data"],
         path,
+        finish_of(made, autoencoder),
+        ema_std,
     )
 
 
@@ -166,7 +254,11 @@ def make_schedule(name: str) -> NoiseSchedule:
             return VP()
         case "edm":
             return EDM()
-    raise InputError(f"unknown schedule {name!r}: choose one of linear, cosine, vp, edm")
+        case "sqrt-linear":
+            return SqrtLinear()
+    raise InputError(
+        f"unknown schedule {name!r}: choose one of linear, cosine, vp, edm, sqrt-linear"
+    )
 
 
 def make_density(diffusion: DiffusionConfig, schedule: NoiseSchedule) -> TimeDensity:
@@ -190,81 +282,81 @@ def _denoiser(run: RunConfig, made: dict[str, Any], parts: Stages | None) -> Den
     return Denoiser(backbone, schedule, run.diffusion.parameterization, parts)
 
 
-def make_backbone(run: RunConfig, made: dict[str, Any]) -> MultiDecoder:
-    """Builds the network of a configuration for what it is made from, `Parts.description`."""
-    model, staged = run.model, run.stages
-    channels, height, width = made["shape"]
-    if height != width:
-        raise InputError(f"images of {height}x{width} are not square: prepare them with --size")
-    sit = model.style == "sit"
-    cfg = TransformerConfig(
-        image_size=height,
-        channels=channels,
-        patch=model.patch,
-        width=model.width,
-        heads=model.heads,
-        num_classes=made["num_classes"],
-        memory_dim=made["memory_dim"],
-        null_memory=run.memory is not None and run.train.condition_dropout > 0,
-        memory_scale=_memory_scale(run.memory, made["memory_dim"]),
-        norm=model.norm or ("layer" if sit else "rms"),
-        mlp=model.mlp or ("gelu" if sit else "swiglu"),
-        rope=not sit if model.rope is None else model.rope,
-        qk_norm=model.qk_norm,
-        shift=model.shift,
-        init=model.init,
-    )
-    if staged is None:
-        shared = max(model.depth // 2, run.align.block if run.align is not None else 0)
-        depths: Sequence[int] = [model.depth - shared]
-    else:
-        shared = staged.shared
-        depths = staged.depths or [model.depth - shared] * (len(made["stages"]) + 1)
-    encoder = TransformerEncoder(cfg, shared)
-    return MultiDecoder(encoder, [TransformerDecoder(cfg, depth) for depth in depths])
+def _stage_draw(run: RunConfig, density: TimeDensity, denoiser: Denoiser) -> StageDraw | None:
+    stages, staged, net = denoiser.stages, run.stages, denoiser.backbone
+    if stages is None or staged is None or not isinstance(net, MultiDecoder):
+        return None
+    intervals = tuple(stages.time_interval(k, denoiser.schedule) for k in range(stages.num))
+    how = (staged.policy, staged.batch, staged.unbiased, staged.warm_steps)
+    return StageDraw(density, intervals, *how, warm_decoder=net.largest)
 
 
 def _snippets(run: RunConfig, bank: MemoryBank | None) -> Snippets | None:
     if bank is None or run.memory is None:
         return None
     memory = run.memory
-    return Snippets(bank, memory.dropout, memory.place, memory.jitter, run.model.width)
+    return Snippets(bank, memory.dropout, memory.place, memory.jitter, condition_width(run))
 
 
 def _align_tokens(run: RunConfig, data: DataSet) -> AlignTokens | None:
     if run.align is None:
         return None
-    encoder = build_token_encoder(run.align.encoder)
-    return AlignTokens(data, encoder, data.shape[1] // run.model.patch, cache=run.align.cache)
+    encoder = align_encoder(run.align, run.train.device)
+    grid = data.shape[1] // run.model.patch
+    return AlignTokens(_align_images(run.align, data), encoder, grid, cache=run.align.cache)
 
 
-def _objective(run: RunConfig, denoiser: Denoiser, tokens: AlignTokens | None) -> Objective:
-    cosine = run.train.cosine_weight > 0
-    if run.align is None or tokens is None:
+def align_encoder(align: AlignConfig, device: str = "cpu") -> TokenEncoder:
+    """Returns the frozen encoder of an alignment, on a GPU where there is one if not on "cpu"."""
+    gpu = device != "cpu" and torch.cuda.is_available()
+    return build_token_encoder(
+        align.encoder, size=align.size, weights=align.weights, device="cuda" if gpu else "cpu"
+    )
+
+
+def _align_images(align: AlignConfig, data: DataSet) -> DataSet:
+    """Returns the data set whose images are encoded: the run's, or that of its latents' images."""
+    if align.images is None:
+        data.require_images()
+        return data
+    images = DataSet.open(Path(align.images))
+    if data.kind == "images" or images.fingerprint != data.origin:
+        raise InputError(f"align.images: {align.images} is not what {data.path} was encoded from")
+    return images
+
+
+def make_objective(
+    run: RunConfig, made: dict[str, Any], parts: Stages | None, token_dim: int = 0
+) -> Objective:
+    """Builds what is trained: network and losses, initialised from the run's seed.
+
+    Args:
+        run: The configuration.
+        made: What the run is made from, `Parts.description`.
+        parts: The stages, or None for one.
+        token_dim: Width of the tokens to align with, where the configuration aligns.
+    """
+    denoiser, cosine = _denoiser(run, made, parts), run.train.cosine_weight > 0
+    if run.align is None:
         return Objective(denoiser, cosine=cosine)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        head = AlignmentHead(run.model.width, tokens.dim, run.align.hidden)
+        head = AlignmentHead(run.model.width, token_dim, run.align.hidden)
     tap = f"encoder.stack.blocks.{run.align.block - 1}"
     return Objective(denoiser, cosine=cosine, head=head, tap=tap)
 
 
-def _memory_scale(memory: MemoryConfig | None, dim: int) -> float:
-    return math.sqrt(dim) if memory is not None and memory.scale == "unit-variance" else 1.0
-
-
-def _check_stages(
-    staged: StagesConfig, parts: Stages, record: dict[str, Any], fingerprint: str
-) -> None:
+def _stages(staged: StagesConfig, fingerprint: str) -> tuple[Stages, dict[str, Any]]:
+    """Returns the stages and the record of how they were found, empty for edges given by hand."""
+    if staged.file is None:
+        return Stages(staged.edges or ()), {}
+    parts, record = Stages.load(Path(staged.file))
     if record.get("data") != fingerprint:
         raise InputError(
             f"the stages in {staged.file} were found in other data: run  stratagem stages  again"
         )
-    if staged.depths is not None and len(staged.depths) != parts.num:
-        raise InputError(
-            f"stages.depths has {len(staged.depths)} decoders, but {staged.file} has "
-            f"{parts.num} stages: give one depth per stage"
-        )
+    check_decoders(staged, parts.num)
+    return parts, record
 
 
 def _bank_of(run: RunConfig, made: dict[str, Any], path: Path | None) -> MemoryBank | None:

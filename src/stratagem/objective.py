@@ -112,6 +112,7 @@ class Objective(nn.Module):
         t: Tensor,
         *,
         align: Tensor | None = None,
+        stage: int | tuple[int, ...] | None = None,
         **condition: Tensor | None,
     ) -> Losses:
         """Returns the losses of a batch.
@@ -121,6 +122,7 @@ class Objective(nn.Module):
             eps: Their noise, like x.
             t: Their times, (B,).
             align: An encoder's tokens of x, (B, L, D); given if and only if there is a head.
+            stage: What a multi-decoder backbone is told of the stages; None to find them from t.
             condition: What the backbone takes besides: memory (B, D), label (B,).
 
         Raises:
@@ -129,8 +131,9 @@ class Objective(nn.Module):
         if (self.head is None) != (align is None):
             raise ValueError("align= goes with a head, and a head with align=")
         schedule = self.denoiser.schedule
+        told = {} if stage is None else {"stage": stage}
         with self._tokens() as tokens:
-            prediction = self.denoiser(schedule.perturb(x, eps, t), t, **condition)
+            prediction = self.denoiser(schedule.perturb(x, eps, t), t, **condition, **told)
         v = schedule.velocity(x, eps, t)
         v_hat = schedule.velocity(prediction.x, prediction.eps, t)
         match self.denoiser.parameterization:

@@ -1,15 +1,17 @@
 """Folder artifacts: any files, and a manifest.json with the sum of each, written last.
 
-The folder is filled under a temporary name beside its target and renamed when it is whole.
+The folder is filled under a temporary name beside its target and renamed when it is whole. One that
+takes hours keeps a fixed name instead, `.NAME.partial`, and is gone on with after a stop.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,8 @@ from stratagem.artifact.manifest import (
     FORMAT,
     Manifest,
     flush,
-    load_json,
     parse,
+    read_body,
     refuse_existing,
     sum_of,
 )
@@ -27,11 +29,17 @@ from stratagem.errors import DamagedArtifact, InputError
 __all__ = ["MANIFEST", "read_folder", "write_folder"]
 
 MANIFEST = "manifest.json"
+_UNSIGNED = {"kind", "format", "meta", "files"}  # manifests of before had no sum of their own
 
 
 @contextlib.contextmanager
 def write_folder(
-    path: Path, kind: str, meta: Mapping[str, Any], *, replace: bool = False
+    path: Path,
+    kind: str,
+    meta: Mapping[str, Any],
+    *,
+    replace: bool = False,
+    origin: str | None = None,
 ) -> Iterator[Path]:
     """Yields a temporary folder to fill; it becomes `path` on success and goes otherwise.
 
@@ -40,30 +48,71 @@ def write_folder(
         kind: What it is.
         meta: JSON-able metadata; may still be extended while the folder is open.
         replace: Whether an existing artifact gives way, once the new one stands.
+        origin: What identifies the content to be. If given, the folder stays after any stop but an
+            InputError, with what was put there, and the next call of the same origin yields it.
 
     Raises:
-        InputError: If `path` exists and `replace` is false.
+        InputError: If `path` exists and `replace` is false, or there is an unfinished folder of
+            another origin, or another process fills it.
     """
     refuse_existing(path, replace)
     path.parent.mkdir(parents=True, exist_ok=True)
+    with _passing(path) if origin is None else _staying(path, origin) as draft:
+        yield draft
+        _seal(draft, kind, dict(meta))
+        _swap(draft, path)
+
+
+@contextlib.contextmanager
+def _passing(path: Path) -> Iterator[Path]:
+    """Yields an empty folder that is gone afterwards."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     try:
         yield draft
-        _seal(draft, kind, dict(meta))
-        _swap(draft, path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def read_folder(path: Path, kind: str, *, verify: bool = True) -> Manifest:
+@contextlib.contextmanager
+def _staying(path: Path, origin: str) -> Iterator[Path]:
+    """Yields the folder of an origin, new or as it was left; a note beside it says whose it is."""
+    draft = path.with_name(f".{path.name}.partial")
+    note = draft.with_name(f"{draft.name}.json")
+    with note.open("a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another process writes {path}: wait for it to end") from error
+        stream.seek(0)
+        if draft.exists() and stream.read() != origin:
+            raise InputError(
+                f"{draft} is unfinished, of other input or settings: go on with those, remove it, "
+                "or choose another name"
+            )
+        stream.truncate(0)
+        stream.write(origin)
+        stream.flush()
+        draft.mkdir(exist_ok=True)
+        try:
+            yield draft
+        except InputError:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+        finally:
+            if not draft.exists():
+                note.unlink(missing_ok=True)
+
+
+def read_folder(path: Path, kind: str, *, verify: bool | Callable[[str], bool] = True) -> Manifest:
     """Reads and checks the manifest of a folder artifact.
 
     Args:
         path: The artifact.
         kind: What it must be.
-        verify: Whether every file is read and its sum compared; sizes are always compared.
+        verify: Whether every file, or one of a name, is read and its sum compared; sizes are always
+            compared.
 
     Raises:
         InputError: If there is no such folder or it is something else.
@@ -73,20 +122,25 @@ def read_folder(path: Path, kind: str, *, verify: bool = True) -> Manifest:
         raise InputError(f"no {kind} at {path}: the folder does not exist")
     if not (path / MANIFEST).is_file():
         raise InputError(f"{path} is not a finished {kind}: it has no {MANIFEST}")
-    manifest = parse(load_json(path / MANIFEST), path, kind)
+    body = read_body(path / MANIFEST)
+    manifest = parse(body, path, kind)
+    if body.keys() != _UNSIGNED and body.get("sha256") != manifest.fingerprint:
+        raise DamagedArtifact(f"{path / MANIFEST} was altered: it does not match its own sum")
     for name, entry in manifest.files.items():
-        _check_file(path / name, entry, verify)
+        _check_file(path / name, entry, verify if isinstance(verify, bool) else verify(name))
     return manifest
 
 
 def _seal(folder: Path, kind: str, meta: dict[str, Any]) -> None:
-    """Flushes every file of a folder to the disk and writes its manifest last."""
+    """Flushes every file of a folder, but hidden ones, and writes its manifest last."""
     files = {}
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name[0] != "."):
         flush(file)
         name = file.relative_to(folder).as_posix()
         files[name] = {"sha256": sum_of(file), "bytes": file.stat().st_size}
+    meta = json.loads(json.dumps(meta))  # as it will be read
     body = {"kind": kind, "format": FORMAT, "meta": meta, "files": files}
+    body["sha256"] = Manifest(kind, meta, files).fingerprint
     _write_text(folder / MANIFEST, json.dumps(body, indent=1, sort_keys=True) + "\n")
     flush(folder)
 

@@ -24,6 +24,7 @@ __all__ = [
     "flush",
     "load_json",
     "parse",
+    "read_body",
     "read_record",
     "refuse_existing",
     "signed",
@@ -86,7 +87,15 @@ def read_record(path: Path, kind: str) -> Manifest:
     """
     if not path.is_file():
         raise InputError(f"no {kind} at {path}: the file does not exist")
-    return signed(load_json(path), path, kind)
+    return signed(read_body(path), path, kind)
+
+
+def read_body(path: Path) -> Any:
+    """Reads the JSON of a record or a manifest, whose last byte ends a line."""
+    body = load_json(path)
+    if not path.read_bytes().endswith(b"\n"):
+        raise DamagedArtifact(f"{path} is truncated: restore or rebuild it")
+    return body
 
 
 def refuse_existing(path: Path, replace: bool) -> None:

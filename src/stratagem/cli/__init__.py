@@ -39,10 +39,14 @@ VERBS = {
     "bank nearest": ("bank", "nearest", "the rows nearest to images"),
     "stages": ("stages", "stages", "a data set -> stages of the noise axis"),
     "train": ("train", "train", "a configuration -> a run; again: goes on"),
+    "watch": ("watch", "watch", "runs in training -> a live chart"),
     "sample": ("sample", "sample", "a run -> images"),
     "evaluate": ("evaluate", "evaluate", "a run or samples -> quality and memorisation"),
     "compare": ("compare", "compare", "evaluated runs -> a report"),
+    "audit": ("audit", "audit", "a run or samples -> are they copies? a report of closest pairs"),
     "import": ("import_", "import_", "an official checkpoint -> a run"),
+    "bench train": ("bench", "train", "how fast a configuration trains here"),
+    "bench sample": ("bench", "sample", "how fast a configuration samples here"),
     "doctor": ("doctor", "doctor", "what is installed, what clashes, and the fix"),
 }
 
@@ -56,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] in {"-V", "--version"}:
         print(f"stratagem {__version__}")
         return 0
-    verb = " ".join(words[:2]) if words[0] == "bank" else words[0]
+    verb = " ".join(words[:2]) if words[0] in {"bank", "bench"} else words[0]
     if verb not in VERBS:
         return _fail(_unknown(verb), 2)
     return _run(verb, words[len(verb.split()) :])

@@ -99,7 +99,7 @@ class _Lines:
     def _line(self, done: int, total: int, now: float) -> str:
         line = f"{self.label}: {done:,} of {total:,}"
         seconds, num = now - self.begun, done - (self.first or 0)
-        if num <= 0 or seconds <= 0:
+        if num <= 1 or seconds <= 0:  # the first one also waits for what is being started
             return line
         rate = num / seconds
         end = f"in {seconds:.0f} s" if self.ended else f"{(total - done) / rate:.0f} s left"

@@ -7,8 +7,15 @@ demonstration calls the same functions in a row; so can any Python program.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
-__all__ = ["Progress", "silent"]
+import torch
+
+from stratagem.errors import InputError
+
+__all__ = ["Device", "Progress", "device_of", "silent"]
+
+Device = Literal["auto", "cpu", "cuda"]
 
 Progress = Callable[[int, int], None]
 """Called now and then with how much is done and how much there is."""
@@ -16,3 +23,14 @@ Progress = Callable[[int, int], None]
 
 def silent(done: int, total: int) -> None:
     """Shows no progress."""
+
+
+def device_of(name: Device) -> str:
+    """Returns "cuda" or "cpu"; auto takes a GPU where there is one.
+
+    Raises:
+        InputError: If there is no GPU, and it was asked for.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no GPU here, give --device cpu")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"

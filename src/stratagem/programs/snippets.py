@@ -21,7 +21,7 @@ from stratagem.errors import InputError
 from stratagem.memory.bank import MemoryBank
 from stratagem.memory.draw import draw, draw_nearest, draw_pairs, rows_of_noise
 from stratagem.memory.interpolate import blend
-from stratagem.programs.bank import encode_images
+from stratagem.programs.bank_images import encode_images
 
 __all__ = ["Choice", "SnippetPolicy", "choose"]
 
@@ -76,6 +76,7 @@ def choose(
     seed: int,
     label: int | None,
     like: str | None,
+    weights: str | None = None,
     noise: Callable[[slice], Tensor],
 ) -> Choice:
     """Chooses the snippets of a run.
@@ -87,6 +88,7 @@ def choose(
         seed: The run's seed.
         label: The class, where the policy takes one.
         like: An image or a folder of them, for "near" and only for it.
+        weights: Those of the bank's encoder, for "near", see `programs.bank_images`.
         noise: The noise that some images start from, for "noise".
 
     Raises:
@@ -94,11 +96,14 @@ def choose(
     """
     if (policy == "near") != (like is not None):
         raise InputError("--snippets near needs --like IMAGES, and nothing else takes it")
+    if weights is not None and like is None:
+        raise InputError("--like-weights has no effect without --like IMAGES: leave it out")
     match policy:
         case "near":
             _refuse_label(policy, label)
             assert like is not None
-            return Choice(draw_nearest(bank, encode_images(bank, Path(like)), num))
+            queries = encode_images(bank, Path(like), weights)
+            return Choice(draw_nearest(bank, queries, num))
         case "pairs":
             return Choice(*draw_pairs(bank, num, seed, label=label))
         case "noise":
