@@ -17,8 +17,9 @@ HAS_TORCH := -c "from importlib.metadata import version as v; assert tuple(map(i
 demo: $(VENV)/.demo
 	$(BIN)/stratagem demo --out $(OUT)
 
+# One thread for each of the processes: threads that wait for each other by spinning would share cores.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -44,7 +44,7 @@ from stratagem.artifact import write_bytes
 from stratagem.assemble import make_schedule, open_run
 from stratagem.checkpoint import list_steps
 from stratagem.cli.console import progress_bar
-from stratagem.config import RunConfig, dump, parse
+from stratagem.config import RunConfig, dump, load, parse
 from stratagem.encoders import EncoderName
 from stratagem.errors import InputError, StratagemError
 from stratagem.programs.evaluate import FeatureName, Reference, evaluate_run
@@ -94,12 +94,12 @@ class Pair:
         protocol = json.loads(file.read_text())["protocol"]
         nets = [net["name"] for net in protocol["features"]]  # pixels32 is asked for as pixels
         alike = len(nets) == len(self.features) and all(map(str.startswith, nets, self.features))
-        return alike and protocol["sampling"] == dataclasses.asdict(self.sampling)
+        return alike and SampleConfig(**protocol["sampling"]) == self.sampling
 
     def done(self) -> bool:
         """Says whether this very configuration is trained and evaluated."""
         told = self.beside(".yaml")
-        return told.is_file() and told.read_text() == dump(self.config) and not self.left()
+        return told.is_file() and load(told) == self.config and not self.left()
 
     def state(self) -> str:
         """Says in a few words how far it is."""

@@ -123,6 +123,9 @@ def test_runs_are_measured_once_and_by_one_protocol(
     assert states(written(other, tmp_path), out)["plain/0"] == "trained, 2 evaluations left"
     assert runner.main([str(file), str(out), "--run", "plain/0"]) == 0
     assert states(file, out)["plain/0"] == "done"
+    told = out / "runs" / "plain" / "seed-0.yaml"  # as written before a setting came
+    told.write_text(told.read_text().replace("  nonfinite_limit: 10\n", ""))
+    assert states(file, out)["plain/0"] == "done"
     more = {**other, "features": ["pixels", "effnet"]}
     assert states(written(more, tmp_path), out)["plain/0"] == "trained, 2 evaluations left"
     assert newest.stat().st_mtime_ns == trained

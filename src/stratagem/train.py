@@ -225,7 +225,7 @@ def _gradients(
         holding = state.wrapped.holding if index + 1 < cfg.accumulate else nullcontext
         counters = (state.step, world.rank, index)
         draw = randomness.generator(state.seed, "network", *counters)
-        torch.manual_seed(int(draw.integers(2**63)))  # of dropout inside the network
+        _seed(int(draw.integers(2**63)), world.device)  # of dropout inside the network
         with holding():
             losses = _losses(state, part, cfg)
             metrics = _shares(losses, part, cfg)
@@ -237,6 +237,13 @@ def _gradients(
         parameter.grad = None
     values = world.sum(torch.stack(passes).sum(0) if len(passes) > 1 else passes[0])
     return dict(zip(metrics, values, strict=False)), values[len(metrics) :]
+
+
+def _seed(number: int, device: torch.device) -> None:
+    """Seeds what networks draw with; torch.manual_seed asks all kinds of devices, each step."""
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
 
 
 def _losses(state: TrainState, part: Batch, cfg: TrainConfig) -> Losses:

@@ -2,8 +2,9 @@
 
     stratagem VERB [arguments]        stratagem VERB --help
 
-Exit codes: 0 done; 2 the input is wrong; 3 an artifact is damaged; 4 training met NaN or infinity;
-130 and 143 stopped by a signal, after a checkpoint. Errors are one line on stderr.
+Exit codes: 0 done; 2 the input is wrong, or the disk is full; 3 an artifact is damaged; 4 training
+met NaN or infinity; 130, 138 and 143 stopped by SIGINT, SIGUSR1 or SIGTERM, after a checkpoint.
+Errors are one line on stderr.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     MFU             = FLOPs of a step / (seconds of a step * FLOP/s of a large matrix product)
     ratio           = seconds of the bare step / seconds of a step
 
-A bare step is forward, backward and fused AdamW on one batch that is there already. Steps of the
+A bare step is forward, backward and fused AdamW on a batch that is there already. Steps of the
 loop and bare ones take turns on one network, a few at a time, so that whatever else the machine
 does slows both; medians of the turns are compared. The loop is `fit`, with all that it does but
 checkpoints. The FLOP/s are measured in between too, and those of the data sheet stand beside them.
@@ -13,7 +13,7 @@ checkpoints. The FLOP/s are measured in between too, and those of the data sheet
 from __future__ import annotations
 
 import dataclasses
-import resource
+import itertools
 import statistics
 import time
 from collections import defaultdict
@@ -35,6 +35,7 @@ from stratagem.prefetch import to_device
 from stratagem.programs import Progress, silent
 from stratagem.programs.blank import Blank, blank_parts, sized_inputs
 from stratagem.programs.cost import blank_images, call_times, cost_of
+from stratagem.programs.machine import device_name, peak_bytes, product_rate, sheet_rate, wait
 from stratagem.programs.sample import SampleConfig, sample_run
 from stratagem.stopping import StopFlag
 from stratagem.train import Hook, TrainState, fit
@@ -43,9 +44,7 @@ from stratagem.train_config import TrainConfig
 __all__ = ["SampleSpeed", "Speed", "bench_sample", "bench_train"]
 
 ROUNDS = 7  # turns, where time allows
-
-# Dense bf16 FLOP/s of the makers' data sheets, by a part of the device's name.
-_SHEETS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "H800": 989e12, "A100": 312e12}
+_BATCHES = 8  # of bare steps, for their stages differ by a row or two
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Speed:
         macs: MACs of one image's losses, forward.
         images_per_second: Of the loop.
         bare_images_per_second: Of forward, backward and AdamW.
-        ratio: The first over the second.
+        ratio: The first over the second; the median over turns.
         peak: FLOP/s of a matrix product here.
         mfu: Share of that which the loop uses.
         sheet: FLOP/s of the data sheet; None if not known.
@@ -162,11 +161,12 @@ class _Turns:
     ) -> None:
         self._state, self._batches, self._cfg, self._progress = state, batches, cfg, progress
         self._device = state.world.device
-        self._batch = to_device(batches(0), self._device)
+        some = (to_device(batches(step), self._device) for step in range(_BATCHES))
+        self._some = itertools.cycle(list(some))
         self._begun = 0.0  # of this turn
         self._adamw = torch.optim.AdamW(state.objective.parameters(), lr=0.0, fused=True)
         self._seconds = defaultdict[str, list[float]](list)
-        self._rates = [_matmul_rate(self._device, cfg.precision)]
+        self._rates = [product_rate(self._device, cfg.precision)]
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         self._bare(2)
@@ -188,7 +188,7 @@ class _Turns:
 
     def _turn(self, done: int) -> None:
         """Ends a turn of the loop; the first one warms up."""
-        _sync(self._device)
+        wait(self._device)
         if done:
             self._seconds["loop"].append((time.perf_counter() - self._begun) / self._num)
         self._timed("bare", self._bare, self._num)
@@ -200,7 +200,7 @@ class _Turns:
         self._adamw.zero_grad(set_to_none=True)
         self._timed("ema", lambda n: [ema.update(state.step) for _ in range(n)], few)
         self._timed("data", lambda n: [self._batches(step) for step in range(n)], few)
-        self._rates.append(_matmul_rate(self._device, self._cfg.precision))
+        self._rates.append(product_rate(self._device, self._cfg.precision))
         self._progress(done, self._rounds)
         self._begun = time.perf_counter()
 
@@ -208,30 +208,31 @@ class _Turns:
         """Returns the medians; `each` is the MACs of one image's losses."""
         median = {name: statistics.median(found) for name, found in self._seconds.items()}
         loop, bare, size = median["loop"], median["bare"], self._cfg.batch_size
+        turns = zip(self._seconds["bare"][1:], self._seconds["loop"], strict=True)
         peak, rate = max(self._rates), 6 * each * size / loop
-        sheet = _sheet_rate(self._device) if self._cfg.precision == "bf16" else None
+        sheet = sheet_rate(self._device) if self._cfg.precision == "bf16" else None
         parts = {name: median[name] for name in ("forward", "optimizer", "clip", "ema", "data")}
         parts["backward"] = bare - parts["forward"] - parts["optimizer"]
         parts["rest"] = loop - bare - parts["clip"] - parts["ema"]
         return Speed(
-            _name(self._device),
+            device_name(self._device),
             self._cfg.precision,
             size,
             parameters(self._state.objective),
             each,
             size / loop,
             size / bare,
-            bare / loop,
+            statistics.median(bare / loop for bare, loop in turns),
             peak,
             rate / peak,
             sheet,
             None if sheet is None else rate / sheet,
-            _peak_bytes(self._device),
+            peak_bytes(self._device),
             {name: 1000 * value for name, value in parts.items()},
         )
 
     def _loss(self) -> Tensor:
-        batch, bf16 = self._batch, self._cfg.precision == "bf16"
+        batch, bf16 = next(self._some), self._cfg.precision == "bf16"
         with torch.autocast(self._device.type, torch.bfloat16, enabled=bf16):
             call = self._state.wrapped.call
             losses = call(batch.x, batch.eps, batch.t, stage=batch.stage, **batch.condition)
@@ -253,10 +254,10 @@ class _Turns:
 
     def _timed(self, name: str, work: Callable[[int], Any], num: int) -> float:
         """Notes the seconds of one of `num` pieces of work."""
-        _sync(self._device)
+        wait(self._device)
         begun = time.perf_counter()
         work(num)
-        _sync(self._device)
+        wait(self._device)
         self._seconds[name].append(found := (time.perf_counter() - begun) / num)
         return found
 
@@ -311,20 +312,20 @@ def bench_sample(
             }.items():
                 begun = time.perf_counter()
                 work()
-                _sync(world.device)
+                wait(world.device)
                 found[name].append(time.perf_counter() - begun)
-            rates.append(_matmul_rate(world.device, "float32"))
+            rates.append(product_rate(world.device, "float32"))
             progress(done + 1, rounds)
         whole, network = (statistics.median(found[name]) for name in ("all", "network"))
         return SampleSpeed(
-            _name(world.device),
+            device_name(world.device),
             size,
             len(calls),
             size / whole,
             network / whole,
             max(rates),
             flops * size / whole / max(rates),
-            _peak_bytes(world.device),
+            peak_bytes(world.device),
         )
 
 
@@ -359,42 +360,3 @@ def _calls(model: Model, times: list[float], size: int) -> None:
     x_t = x_t.to(weight)
     for t in times:
         model.denoiser(x_t, torch.tensor(t), **condition)
-
-
-def _matmul_rate(device: torch.device, precision: str) -> float:
-    """Measures the FLOP/s of a large square matrix product; the best of five."""
-    gpu = device.type == "cuda"
-    size, repeat = (8192, 10) if gpu else (1024, 1)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    best = 0.0
-    for _ in range(5):
-        _sync(device)
-        begun = time.perf_counter()
-        for _ in range(repeat):
-            a @ a
-        _sync(device)
-        best = max(best, repeat * 2 * size**3 / (time.perf_counter() - begun))
-    return best
-
-
-def _sheet_rate(device: torch.device) -> float | None:
-    name = _name(device)
-    return next((rate for part, rate in _SHEETS.items() if part in name), None)
-
-
-def _name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _sync(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

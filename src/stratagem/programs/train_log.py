@@ -14,19 +14,16 @@ import dataclasses
 import importlib
 import json
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stratagem import artifact
 from stratagem.config import RunConfig
 from stratagem.errors import InputError, MissingExtra
+from stratagem.programs.machine import peak_bytes
 from stratagem.train import TrainState
 from stratagem.train_config import TrainConfig, learning_rate
 
@@ -72,7 +69,7 @@ class MetricsLog:
             **skipped,
             "learning_rate": learning_rate(step - 1, self.cfg),
             "images_per_second": round(rate, 1),
-            "peak_memory_mib": round(_peak_memory(state.world.device) / 2**20, 1),
+            "peak_memory_mib": round(peak_bytes(state.world.device) / 2**20, 1),
         }
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -94,14 +91,6 @@ def _parsed(row: bytes) -> Line | None:
     except ValueError:
         return None
     return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Returns the most bytes so far that tensors had on a GPU, or this process has had."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @contextmanager
