@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 from tyro.conf import Positional, arg
 
 from stratagem.autoencoders import AutoencoderName, build_autoencoder
@@ -15,6 +14,7 @@ from stratagem.data.datasets import prepare as prepare_data
 from stratagem.data.latents import PosteriorKind
 from stratagem.data.official import open_data, write_official
 from stratagem.errors import InputError
+from stratagem.programs import device_of
 
 __all__ = ["prepare"]
 
@@ -83,7 +83,7 @@ def prepare(  # noqa: PLR0913, PLR0917
         return
     encoder = None
     if autoencoder != "none":
-        encoder = build_autoencoder(autoencoder, weights, _device(device))
+        encoder = build_autoencoder(autoencoder, weights, device_of(device))
     elif weights is not None or posterior != "mean+std" or device != "auto":
         raise InputError("--weights, --posterior and --device have no effect without --autoencoder")
     with progress_bar("prepare", "images") as progress:
@@ -108,12 +108,6 @@ def prepare(  # noqa: PLR0913, PLR0917
     if num := len(data.rejected):
         files, read = f"{num:,} file{'s' * (num > 1)}", data.num + num
         say(f"  {files} left out of {read:,} that were read; all are in {out}/rejected.json")
-
-
-def _device(name: Literal["auto", "cpu", "cuda"]) -> str:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no GPU here, give --device cpu")
-    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _export(images: Path, out: Path, seed: int, *, plain: bool) -> None:
