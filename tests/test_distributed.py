@@ -30,6 +30,7 @@ from stratagem.data.shards import DataSet
 from stratagem.distributed import (
     World,
     Wrapped,
+    apart,
     connect,
     fill,
     full,
@@ -413,6 +414,7 @@ def test_one_process_needs_no_environment(monkeypatch: pytest.MonkeyPatch) -> No
         module = torch.nn.Linear(2, 2)
         assert isinstance(wrap(module, [], world, "fsdp"), Wrapped)
         assert wrap(module, [], world, "ddp").call is module
+    assert apart("cpu") == World()
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(InputError, match="WORLD_SIZE"):
         rank()

@@ -29,6 +29,7 @@ __all__ = [
     "Parallel",
     "World",
     "Wrapped",
+    "apart",
     "connect",
     "fill",
     "full",
@@ -115,6 +116,24 @@ class _Elsewhere(StratagemError):
         self.exit_code = exit_code
 
 
+def apart(
+    device: Literal["auto", "cpu", "cuda"] = "auto", *, setting: str = "train.device"
+) -> World:
+    """Returns what torchrun says of this process, and joins no other: for work where none waits.
+
+    Args:
+        device: As for `connect`.
+        setting: Where the user chose it.
+
+    Raises:
+        InputError: If there is no such GPU, or the environment is not torchrun's.
+    """
+    number, size, local = (_number(name, n) for name, n in _ENVIRONMENT.items())
+    if number >= size:
+        raise InputError(f"RANK is {number} of {size} processes: start them with torchrun")
+    return World(number, size, _device(device, local, setting))
+
+
 @contextmanager
 def connect(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[World]:
     """Joins the processes that torchrun has started, or yields the world of one process.
@@ -125,17 +144,16 @@ def connect(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[World]:
     Raises:
         InputError: If there is no such GPU, or the environment is torchrun's only in part.
     """
-    number, size, local = (_number(name, n) for name, n in _ENVIRONMENT.items())
-    place = _device(device, local)
-    if size == 1:
-        yield World(device=place)
+    world = apart(device)
+    if world.size == 1:
+        yield world
         return
     from torch import distributed
 
-    backend = "gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl"
-    distributed.init_process_group(backend, rank=number, world_size=size)
+    backend = "gloo" if world.device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    distributed.init_process_group(backend, rank=world.rank, world_size=world.size)
     try:
-        yield World(number, size, place)
+        yield world
     finally:
         distributed.destroy_process_group()
 
@@ -153,17 +171,17 @@ def _number(name: str, default: int) -> int:
     if not text.isdigit():
         raise InputError(f"{name} is {text!r}: start several processes with torchrun")
     if name != "WORLD_SIZE" and int(text) and "WORLD_SIZE" not in os.environ:
-        raise InputError(f"{name} is {text} without WORLD_SIZE: start processes with torchrun")
+        raise InputError(f"{name} is {text} of 1 process, without WORLD_SIZE: use torchrun")
     return int(text)
 
 
-def _device(name: str, local: int) -> torch.device:
+def _device(name: str, local: int, setting: str) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if local >= torch.cuda.device_count():
         raise InputError(
-            f"train.device {name} needs GPU {local}, but torch sees {torch.cuda.device_count()}: "
-            "start fewer processes, or set train.device=cpu"
+            f"{setting} {name} needs GPU {local}, but torch sees {torch.cuda.device_count()}: "
+            "start fewer processes, or set it to cpu"
         )
     torch.cuda.set_device(local)
     return torch.device("cuda", local)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 from tyro.conf import Positional
 
 from stratagem.assemble import open_run
 from stratagem.cli.console import progress_bar, say
-from stratagem.distributed import World
-from stratagem.errors import InputError
+from stratagem.distributed import apart
 from stratagem.programs.sample import SampleConfig, sample_into
 from stratagem.programs.sample_files import Form
 
@@ -54,7 +51,7 @@ def sample(
         format: Numbered PNGs, or one npz in ADM's layout.
         device: Where the network runs; auto takes a GPU where there is one.
     """
-    world = _world(device)
+    world = apart(device, setting="--device")
     model = open_run(run, step=step, bank=bank, autoencoder=autoencoder, ema_std=ema_std)
     model.denoiser.to(world.device)
     with progress_bar("sample", "images") as progress:
@@ -74,22 +71,3 @@ def sample(
             f"process {world.rank} is done, {there:,} of {config.num:,} images are there; the last "
             "process puts them together, or the same command again does"
         )
-
-
-def _world(device: str) -> World:
-    """Reads what torchrun says of this process, and does not join the others: none may wait."""
-    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    given = {name: os.environ.get(name, default) for name, default in names.items()}
-    if not all(text.isdigit() for text in given.values()):
-        raise InputError(f"{given} are no numbers: start several processes with torchrun")
-    rank, size, local = map(int, given.values())
-    if rank >= size:
-        raise InputError(f"RANK is {rank} of {size} processes: start them with torchrun")
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
-        return World(rank, size)
-    if local >= torch.cuda.device_count():
-        raise InputError(
-            f"--device {device} needs GPU {local}, torch sees {torch.cuda.device_count()}: start "
-            "fewer processes, or give --device cpu"
-        )
-    return World(rank, size, torch.device("cuda", local))
