@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
+from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stratagem.cli import main
 from stratagem.config import (
@@ -27,6 +28,8 @@ from stratagem.nets.cost import macs
 from stratagem.programs.bench import SampleSpeed, Speed, bench_sample, bench_train
 from stratagem.programs.blank import Blank, blank_parts, sized_inputs
 from stratagem.programs.sample import SampleConfig
+from stratagem.stopping import Finite
+from stratagem.train import TrainState, train_step
 from stratagem.train_config import TrainConfig
 
 PRESETS = Path(__file__).parents[1] / "examples" / "presets"
@@ -145,22 +148,51 @@ def test_presets_have_what_a_bench_needs(name: str) -> None:
     assert (inputs.bank is not None) == (config.memory is not None)
 
 
-@pytest.mark.slow
-def test_the_loop_has_nine_tenths_of_the_bare_rate(
-    config: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In CPU time of the training thread, so that other work on the machine does not count."""
-    clock = SimpleNamespace(perf_counter=time.thread_time)
-    for module in ("bench", "machine"):
-        monkeypatch.setattr(f"stratagem.programs.{module}.time", clock)
-    larger = dataclasses.replace(
-        config,
-        model=ModelConfig(width=64, depth=4, heads=2, patch=2),
-        stages=StagesConfig(edges=(2.0, -2.0), shared=1, depths=(3, 2, 1)),
-        align=None,
-        train=TrainConfig(batch_size=64, threads=1),
-    )
-    speed = bench_train(larger, SIZES, seconds=15)
-    print(f"\nthe loop has {speed.ratio:.1%} of the bare rate; ms {speed.milliseconds}")
-    assert speed.ratio >= 0.9
-    assert speed.milliseconds["data"] < 0.5 * 1000 * 64 / speed.images_per_second  # it is hidden
+class Counted(TorchDispatchMode):
+    """Counts torch's operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = Counter[str]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Notes the operation and lets it happen."""
+        self.found[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(config: RunConfig, *, depth: int, bare: bool) -> Counter[str]:
+    """What the fifth step of the loop calls, or the same step without the loop."""
+    assert isinstance(config.model, ModelConfig)
+    model = dataclasses.replace(config.model, depth=depth)
+    parts = blank_parts(dataclasses.replace(config, model=model), SIZES)
+    state = TrainState(parts.objective, config.train, parts.batches.stages)
+    state.finite = Finite(1, torch.device("cpu"), lag=1)  # as on a device
+    adamw = torch.optim.AdamW(parts.objective.parameters(), fused=True)
+    for step in range(5):
+        batch = parts.batches(step)
+        with Counted() as counted:
+            if bare:
+                losses = parts.objective(batch.x, batch.eps, batch.t, **batch.condition)
+                losses.denoise.mean().backward()
+                adamw.step()
+                adamw.zero_grad()
+            else:
+                train_step(state, batch, config.train)
+    return counted.found
+
+
+def test_the_loop_adds_the_same_few_operations_whatever_the_network(config: RunConfig) -> None:
+    """Its cost beside a large network's is none: nothing of it is done once per layer."""
+    config = dataclasses.replace(config, stages=None, align=None)
+    added = {
+        depth: operations(config, depth=depth, bare=False)
+        - operations(config, depth=depth, bare=True)
+        for depth in (2, 5)
+    }
+    assert added[2] == added[5]
+    assert added[5].total() <= 40
+    assert "_local_scalar_dense" not in added[5]  # the host waits for nothing
+    assert operations(config, depth=5, bare=True).total() > 5 * added[5].total()
