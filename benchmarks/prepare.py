@@ -6,7 +6,8 @@ All sides decode the same files on as many processes at the same time: Pillow in
 decode, halve, scale and crop, and keep nothing; our stream of images, with its processes started,
 pixels sent and bad files caught; and `prepare` as a user calls it, which also writes and seals the
 data set. They take turns, and the ratio is that of the fastest turns, since others may use the
-machine. Without a FOLDER, photographs of 500 x 375 pixels are made up (JPEG, quality 90, 100 kB).
+machine; for the same reason the CPU time of all processes of a side stands beside it. Without a
+FOLDER, photographs of 500 x 375 pixels are made up (JPEG, quality 90, 70 kB).
 
 Then the data set is read in order in batches, and its files as bytes, each from the disk: the
 kernel is asked to forget them first.
@@ -17,8 +18,10 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -89,22 +92,37 @@ def forget(path: Path) -> None:
         os.close(handle)
 
 
-def read_speeds(path: Path) -> tuple[float, float]:
-    """Returns GB/s of the files as bytes, and of the data set in batches."""
-    size = sum(file.stat().st_size for file in path.iterdir())
-    forget(path)
-    begun = time.perf_counter()
+def as_bytes(path: Path) -> None:
+    """Reads the files of a folder into one buffer."""
+    buffer = bytearray(1 << 22)
     for file in path.iterdir():
         with file.open("rb", buffering=0) as stream:
-            while stream.read(1 << 20):
+            while stream.readinto(buffer):
                 pass
-    raw = time.perf_counter() - begun
-    data = DataSet.open(path, verify=False)
-    forget(path)
-    begun = time.perf_counter()
-    for _ in data.batches(256):
+
+
+def in_batches(path: Path) -> None:
+    """Reads a data set in order."""
+    for _ in DataSet.open(path, verify=False).batches(64):
         pass
-    return size / raw / 1e9, size / (time.perf_counter() - begun) / 1e9
+
+
+def read_speeds(path: Path, rounds: int) -> list[list[float]]:
+    """Returns GB/s of the files as bytes, and of the data set in batches, which take turns."""
+    size, speeds = sum(file.stat().st_size for file in path.iterdir()), [list[float](), []]
+    for _ in range(rounds):
+        for read, found in zip((as_bytes, in_batches), speeds, strict=True):
+            forget(path)
+            begun = time.perf_counter()
+            read(path)
+            found.append(size / (time.perf_counter() - begun) / 1e9)
+    return speeds
+
+
+def cpu_seconds() -> float:
+    """Returns the CPU time of this process and of those of it that have ended."""
+    times = os.times()
+    return sum(times[:4])
 
 
 def main() -> None:
@@ -117,24 +135,33 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=1500)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        folder = options.folder
+        folder, out = options.folder, Path(place) / "data"
         if folder is None:
             (Path(place) / "photographs").mkdir()
             folder = photographs(Path(place) / "photographs", options.num)
         files = sorted(str(path) for path in folder.rglob("*.*") if path.is_file())
-        alone, stream, whole = [], [], []
-        for turn in range(options.rounds):
-            alone.append(seconds_of_pillow(files, options.size, options.workers))
-            out = Path(place) / f"data-{turn}"
-            stream.append(seconds_of_stream(folder, options.size, options.workers))
-            whole.append(seconds_of_prepare(folder, out, options.size, options.workers))
-        num = len(files)
-        print(f"{num:,} files, {options.workers} processes, size {options.size}")
-        for name, sides in (("Pillow alone", alone), ("decoded", stream), ("prepare", whole)):
-            rate, ratio = num / min(sides), min(alone) / min(sides)
-            print(f"{name:13} {rate:8,.0f} images/s {ratio:5.2f}  {[round(t, 2) for t in sides]}")
-        raw, data = read_speeds(out)
-        print(f"shards read   {data:8.2f} GB/s, as bytes {raw:.2f} GB/s")
+        how = options.size, options.workers
+        sides: dict[str, Callable[[], float]] = {
+            "Pillow alone": lambda: seconds_of_pillow(files, *how),
+            "decoded": lambda: seconds_of_stream(folder, *how),
+            "prepare": lambda: seconds_of_prepare(folder, out, *how),
+        }
+        wall: dict[str, list[float]] = {name: [] for name in sides}
+        cpu: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(options.rounds):
+            shutil.rmtree(out, ignore_errors=True)
+            for name, side in sides.items():
+                before = cpu_seconds()
+                wall[name].append(side())
+                cpu[name].append(cpu_seconds() - before)
+        print(f"{len(files):,} files, {options.workers} processes, size {options.size}")
+        for name in sides:
+            for clock, taken in (("wall", wall), ("CPU", cpu)):
+                own, least = min(taken[name]), min(taken["Pillow alone"])
+                text = f"{len(files) / own:8,.0f} images/s {least / own:5.2f}"
+                print(f"{name:13} {clock:4} {text}  {[round(t, 2) for t in taken[name]]}")
+        for name, speeds in zip(("bytes", "shards"), read_speeds(out, options.rounds), strict=True):
+            print(f"{name:13} {max(speeds):8.2f} GB/s  {[round(speed, 2) for speed in speeds]}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
@@ -51,6 +52,29 @@ def test_folder_round_trip(tmp_path: Path) -> None:
     again = read_tensor_file(tmp_path / "f" / "t.safetensors")
     assert all(torch.equal(again[name], TENSORS[name]) for name in TENSORS)
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_plain_tensor_file_is_what_safetensors_writes(tmp_path: Path) -> None:
+    kinds = [torch.bool, torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.int32]
+    kinds += [torch.float32, torch.float64, torch.int64]
+    tensors = {f"é{n % 2}{n}": torch.arange(n + 1).to(kind) for n, kind in enumerate(kinds)}
+    tensors |= {"strided": torch.arange(6.0).view(2, 3).T, "scalar": torch.tensor(1.5), **TENSORS}
+    sum_ = write_tensor_file(tmp_path / "t", tensors)
+    content = (tmp_path / "t").read_bytes()
+    assert content == safetensors.torch.save({n: t.contiguous() for n, t in tensors.items()})
+    assert sum_ == hashlib.sha256(content).hexdigest()
+
+
+def test_known_sums_are_not_computed_again(tmp_path: Path) -> None:
+    """What a disk spoils after the sum was taken is noticed, not sealed."""
+    sums: dict[str, str] = {}
+    with write_folder(tmp_path / "f", "thing", {}, sums=sums) as draft:
+        sums["t"] = write_tensor_file(draft / "t", TENSORS)
+        body = bytearray((draft / "t").read_bytes())
+        body[-1] ^= 1
+        (draft / "t").write_bytes(body)
+    with pytest.raises(DamagedArtifact, match="SHA-256 differs"):
+        read_folder(tmp_path / "f", "thing")
 
 
 def test_fingerprint_is_of_the_content_alone(tmp_path: Path) -> None:

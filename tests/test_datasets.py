@@ -131,7 +131,7 @@ def test_the_fingerprint_does_not_depend_on_the_place(tmp_path: Path) -> None:
 
 
 def test_no_folder_no_images_all_broken(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, match="no such file or folder"):
         prepare(tmp_path / "nowhere", tmp_path / "d")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no images in"):
@@ -275,8 +275,20 @@ def test_scripts_without_a_guard_can_prepare(tmp_path: Path) -> None:
     assert done.stdout.split() == [b"111"], done.stderr
 
 
-def test_cores_are_counted() -> None:
+def test_cores_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")  # as where there is no Linux
+    assert cores() == os.cpu_count()
+
+
+def test_processes_share_memory_where_there_is_no_linux(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = photos(tmp_path / "photos", 40)
+    one = prepare(str(source), tmp_path / "one", size=8, reading=Reading(workers=1))
+    monkeypatch.delattr(os, "memfd_create")
+    two = prepare(str(source), tmp_path / "two", size=8, reading=Reading(workers=2))
+    assert one.fingerprint == two.fingerprint
 
 
 # --- settings ----------------------------------------------------------------------------------

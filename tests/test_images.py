@@ -92,7 +92,7 @@ def test_names_that_are_not_unicode_become_so(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, match="no such file or folder"):
         find_images(tmp_path / "nowhere")
     with pytest.raises(InputError, match="no images in"):
         find_images(tmp_path)
@@ -130,6 +130,22 @@ def test_the_rest_is_scaled_bicubically() -> None:
     image = Image.fromarray(noise(23, 23, 3))
     expected = image.resize((16, 16), Image.Resampling.BICUBIC)
     assert np.array_equal(np.asarray(center_crop(image, 16)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("side", [(61, 40), (40, 61), (37, 133), (300, 19), (19, 20), (97, 97)])
+def test_the_crop_is_adms(mode: str, side: tuple[int, int]) -> None:
+    """The formula as it is published: everything is scaled, and then cut."""
+    image = whole = Image.fromarray(noise(*side, 3)).convert(mode)
+    while min(whole.size) >= 2 * 16:
+        halves = (whole.width // 2, whole.height // 2)
+        whole = whole.resize(halves, Image.Resampling.BOX)
+    scale = 16 / min(whole.size)
+    width, height = round(whole.width * scale), round(whole.height * scale)
+    whole = whole.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - 16) // 2, (height - 16) // 2
+    expected = np.asarray(whole)[top : top + 16, left : left + 16]
+    assert np.array_equal(np.asarray(center_crop(image, 16)), expected)
 
 
 def test_small_images_are_scaled_up() -> None:

@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 from official import FROM_NOISE, HEADS, PROJECTS, State, build, condition_of, golden
 from stratagem.artifact import read_tensor_file
 from stratagem.assemble import Model, open_run
+from stratagem.autoencoders import finish_of
 from stratagem.cli import main
 from stratagem.denoiser import Predictor
 from stratagem.errors import InputError
@@ -126,6 +127,35 @@ def test_a_network_of_latents_gives_latents(
     latents = read_tensor_file(tmp_path / "s" / "latents.safetensors")["latents"]
     assert latents.shape == (3, *model.shape)
     assert torch.equal(latents, sample_run(model, SampleConfig(num=3, steps=2)).images)
+
+
+def test_latents_end_as_the_official_projects_decode_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """LightningDiT decodes x std / multiplier + mean, SiT x / 0.18215."""
+    file, mean, std = wrapped("lightningdit_class", golden("lightningdit_class")[1], tmp_path), 2, 3
+    line = f"import {file} --from lightningdit --latent-multiplier 0.5".split()
+    assert main([*line, "--out", str(tmp_path / "a")]) == 0
+    shape = open_run(tmp_path / "a").shape
+    stats = {
+        "mean": torch.full((1, shape[0], 1, 1), 2.0),
+        "std": torch.full((1, shape[0], 1, 1), 3),
+    }
+    torch.save(stats, tmp_path / "stats.pt")
+    line += ["--latent-stats", str(tmp_path / "stats.pt")]
+    assert main([*line, "--out", str(tmp_path / "b")]) == 0
+    with pytest.raises(InputError, match="import the network again with --latent-stats"):
+        finish_of({"shape": list(shape), "imported": {}}, "vavae.pt")
+    x = torch.randn(2, *shape)
+    for run, z in (("a", x / 0.5), ("b", x * std / 0.5 + mean)):
+        made = json.loads((tmp_path / run / "run.json").read_text())["meta"]
+        assert_near(finish_of(made)(x), z, FLOAT32)
+    torch.save({name: rows[:, :1] for name, rows in stats.items()}, tmp_path / "stats.pt")
+    assert main([*line, "--out", str(tmp_path / "c")]) == 2
+    assert "is of latents of 1 channels" in capsys.readouterr().err
+    line = f"import {file} --from lightningdit --latent-multiplier 0 --out {tmp_path / 'c'}"
+    assert main(line.split()) == 2
+    assert "must be greater than 0" in capsys.readouterr().err
 
 
 MIXES = [

@@ -31,7 +31,7 @@ from stratagem.density import Uniform
 from stratagem.errors import InputError
 from stratagem.memory.bank import MemoryBank
 from stratagem.memory.store import blank
-from stratagem.randomness import normal
+from stratagem.randomness import normal, normal_at
 from tolerances import FLOAT32, FLOAT64, assert_near
 
 
@@ -83,7 +83,7 @@ def test_batches_need_not_know_what_they_draw(latents: DataSet) -> None:
     flips = Batches(latents, Uniform(), 16, seed=3)._flip(5)
     assert flips.any()
     assert not flips.all()
-    noise = normal((16, *latents.shape), 3, "posterior", 5)
+    noise = normal_at(range(16), latents.shape, 3, "posterior", 5)
     assert torch.equal(batch.x, afresh(latents, batch.ids, flips, noise))
     assert batch.eps.shape == batch.x.shape == (16, 3, 2, 3)
     parts = [Batches(latents, Uniform(), 16, seed=3)(5, rank, 2) for rank in range(2)]

@@ -19,14 +19,17 @@ from stratagem.data.datasets import prepare
 from stratagem.data.official import (
     convert_official,
     is_official,
+    official_files,
     open_data,
     open_official,
+    read_statistics,
     write_official,
 )
 from stratagem.data.shards import DataSet
 from stratagem.data.writing import Sample, Source, write_dataset
 from stratagem.density import Uniform
 from stratagem.errors import DamagedArtifact, InputError
+from stratagem.memory.bank import MemoryBank
 from tolerances import FLOAT32, assert_near
 
 SHAPE = (4, 3, 3)
@@ -46,6 +49,7 @@ def official(folder: Path, *, features: bool = False) -> dict[str, Tensor]:
         }
         if features:
             tensors["cls_tokens"] = torch.randn(num, 6, generator=random)
+            tensors["cls_tokens_flip"] = torch.randn(num, 6, generator=random)
         name = f"latents_rank{rank:02d}_shard{shard:03d}.safetensors"
         meta = {"total_size": str(num), "dtype": "torch.float32", "device": "cpu"}
         save_file(tensors, folder / name, metadata=meta)
@@ -220,3 +224,29 @@ def test_the_command_line_goes_both_ways(
     assert "9 latents of 3x2x2" in capsys.readouterr().out
     assert main(["prepare", paths["images"], "--out", paths["d"], "--weights", "x"]) == 2
     assert "no effect without --autoencoder" in capsys.readouterr().err
+
+
+# --- banks of feature shards -------------------------------------------------------------------
+
+
+def test_class_tokens_become_the_bank_of_their_latents(tmp_path: Path) -> None:
+    whole = official(tmp_path / "f", features=True)
+    assert main(["bank", "import", str(tmp_path / "f"), "--out", str(tmp_path / "b")]) == 0
+    bank, data = MemoryBank.load(tmp_path / "b"), open_data(tmp_path / "f")
+    assert (bank.data, bank.encoder["name"]) == (data.origin, "dinov2-b")
+    assert torch.equal(bank.labels, whole["labels"])
+    rows = torch.tensor([12, 0, 6, 7])
+    flip = torch.tensor([False, True, True, False])
+    raw = torch.where(flip[:, None], whole["cls_tokens_flip"][rows], whole["cls_tokens"][rows])
+    unit = torch.nn.functional.normalize(raw, dim=1)
+    assert (bank.lookup(rows, flip) - unit).abs().max() < 2**-10  # stored in float16
+
+
+def test_shards_without_features_are_no_bank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    official(tmp_path / "f")
+    assert main(["bank", "import", str(tmp_path / "f"), "--out", str(tmp_path / "b")]) == 2
+    first = official_files(tmp_path / "f")[0]
+    assert f"{first} has no features: expected cls_tokens" in capsys.readouterr().err
+    assert read_statistics(tmp_path / "f" / "latents_stats.pt").mean

@@ -127,6 +127,26 @@ def test_everything_is_kept_or_named(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert f"left out {name}: " in said
 
 
+def test_causes_are_counted_and_json_says_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (folder / name).write_bytes(b"notes")
+    (folder / "0.png").write_bytes(encoded(pixel=pixels(9)))
+    (folder / "1.png").write_bytes(encoded(pixel=pixels(15)))  # above twice the limit
+    _, said, _ = run(f"{folder} --out {tmp_path / 'a'} --size 8", capsys)
+    assert said.index("left out a.txt (and 2 more): its name") < said.index("left out 1.png: too")
+    assert "1.png: too large: more than 200 pixels, the limit is 100\n" in said
+    code, said, _ = run(f"{folder} --out {tmp_path / 'b'} --size 8 --json", capsys)
+    facts = json.loads(said)
+    data = DataSet.open(tmp_path / "b")
+    assert (code, facts["num"], facts["fingerprint"]) == (0, 1, data.fingerprint)
+    assert sorted(facts["left_out"].values()) == [1, 3]
+
+
 def test_the_table_of_treatments_is_that_of_the_tests() -> None:
     rows = re.findall(r"^\| ([^|]+) \| (kept|left out)\b", DOCS, re.MULTILINE)
     assert {(case, kept == "kept") for case, kept in rows} == {
@@ -149,7 +169,7 @@ def test_strict_is_exit_2_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("nowhere --out x", "the folder does not exist"),
+        ("nowhere --out x", "no such file or folder"),
         ("ok.png --out x", "ok.png is a file: give the folder"),
         ("fashion-mnist --out x --from nowhere", "apt-get install dataset-fashion-mnist"),
         ("emoji --out x", "npm install emoji-datasource-google"),

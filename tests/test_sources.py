@@ -309,6 +309,19 @@ def test_archives_beside_images_are_not_shards(tmp_path: Path) -> None:
     assert [row[-1] for row in contents(tmp_path / "t")] == ["a.png", NO_IMAGE]
 
 
+@pytest.mark.parametrize("name", ["été/日本 😀.png", "a.png"])
+def test_zips_of_info_zip_keep_their_names(tmp_path: Path, name: str) -> None:
+    """It writes UTF-8 and does not set the flag that says so."""
+    file = zipped(tmp_path / "t.zip", {name: png()})
+    body = file.read_bytes()
+    for head, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        place = body.index(head) + flags
+        bits = struct.unpack_from("<H", body, place)[0] & ~0x800
+        body = body[:place] + struct.pack("<H", bits) + body[place + 2 :]
+    file.write_bytes(body)
+    assert [found.name for found in archive_files(file)] == [name]
+
+
 # --- strange folders ---------------------------------------------------------------------------
 
 

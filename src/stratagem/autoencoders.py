@@ -168,14 +168,18 @@ class Finish:
         shape: (C, H, W) of the result.
         statistics: Of the latents that the network learned from, or None.
         autoencoder: What makes images of latents, or None to leave them latents.
+        floor: Whether pixels are rounded down, not to the nearest; a decoder rounds by itself.
     """
 
     shape: tuple[int, int, int]
     statistics: Statistics | None = None
     autoencoder: Autoencoder | None = None
+    floor: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """Returns uint8 images, or latents z, float32, of x (B, C, H, W)."""
+        if self.statistics is None and self.floor:
+            return (127.5 * x + 127.5).clamp(0, 255).to(torch.uint8)
         if self.statistics is None:
             return to_uint8(x) if self.shape[0] in {1, 3} else x
         z = self.statistics.undo(x)
@@ -200,7 +204,12 @@ def finish_of(made: Mapping[str, Any], weights: str | None = None) -> Finish:
     latents = made.get("latents")
     if latents is None:
         if weights is not None:
-            raise InputError("--autoencoder has no effect: the run does not come from latents")
+            raise InputError(
+                "--autoencoder has no effect: the run does not come from latents"
+                if "imported" not in made
+                else "the statistics of the latents are missing: import the network again with "
+                "--latent-stats latents_stats.pt, or of SiT with --latent-multiplier 0.18215"
+            )
         return Finish((channels, height, width))
     statistics = Statistics(latents["mean"], latents["std"])
     if weights is None:

@@ -40,6 +40,7 @@ def write_folder(
     *,
     replace: bool = False,
     origin: str | None = None,
+    sums: Mapping[str, str] | None = None,
 ) -> Iterator[Path]:
     """Yields a temporary folder to fill; it becomes `path` on success and goes otherwise.
 
@@ -50,6 +51,8 @@ def write_folder(
         replace: Whether an existing artifact gives way, once the new one stands.
         origin: What identifies the content to be. If given, the folder stays after any stop but an
             InputError, with what was put there, and the next call of the same origin yields it.
+        sums: File name -> SHA-256 of what was meant to be written, where it is known; such files
+            are not read again. May be filled while the folder is open.
 
     Raises:
         InputError: If `path` exists and `replace` is false, or there is an unfinished folder of
@@ -59,7 +62,7 @@ def write_folder(
     path.parent.mkdir(parents=True, exist_ok=True)
     with _passing(path) if origin is None else _staying(path, origin) as draft:
         yield draft
-        _seal(draft, kind, dict(meta))
+        _seal(draft, kind, dict(meta), sums or {})
         _swap(draft, path)
 
 
@@ -131,13 +134,13 @@ def read_folder(path: Path, kind: str, *, verify: bool | Callable[[str], bool] =
     return manifest
 
 
-def _seal(folder: Path, kind: str, meta: dict[str, Any]) -> None:
+def _seal(folder: Path, kind: str, meta: dict[str, Any], sums: Mapping[str, str]) -> None:
     """Flushes every file of a folder, but hidden ones, and writes its manifest last."""
     files = {}
     for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name[0] != "."):
         flush(file)
         name = file.relative_to(folder).as_posix()
-        files[name] = {"sha256": sum_of(file), "bytes": file.stat().st_size}
+        files[name] = {"sha256": sums.get(name) or sum_of(file), "bytes": file.stat().st_size}
     meta = json.loads(json.dumps(meta))  # as it will be read
     body = {"kind": kind, "format": FORMAT, "meta": meta, "files": files}
     body["sha256"] = Manifest(kind, meta, files).fingerprint

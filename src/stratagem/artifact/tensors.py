@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from stratagem.artifact.manifest import FORMAT, Manifest, flush, refuse_existing, signed, sum_of
@@ -40,13 +39,13 @@ __all__ = [
 ]
 
 _NO_SUM = "0" * 64  # as long as a SHA-256 in hexadecimal
-_CODES = {
+_CODES = {  # in the order in which safetensors keeps them
+    torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
     torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
@@ -227,10 +226,27 @@ def read_tensors(
     return tensors, manifest
 
 
-def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes plain safetensors inside an open folder artifact, whose manifest will hold its sum."""
+def write_tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Writes plain safetensors inside an open folder artifact, and returns the file's SHA-256.
+
+    The tensors go to the file as they lie in memory, byte for byte what `safetensors` would write.
+    """
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    path.write_bytes(save(plain))
+    codes, header, end = list(_CODES.values()), dict[str, Any](), 0
+    for name in sorted(plain, key=lambda n: (codes.index(_CODES[plain[n].dtype]), n)):
+        dtype, shape = _CODES[plain[name].dtype], list(plain[name].shape)
+        span = [end, end := end + plain[name].nbytes]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": span}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    parts: list[bytes | memoryview] = [head, *(raw_bytes(plain[name]) for name in header)]
+    digest = hashlib.sha256()
+    with path.open("wb") as stream:
+        for part in parts:
+            digest.update(part)
+            stream.write(part)
+    return digest.hexdigest()
 
 
 def read_tensor_file(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:

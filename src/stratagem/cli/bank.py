@@ -98,10 +98,13 @@ def import_(
 ) -> None:
     """Makes a bank of an official GMem file: a tensor of vectors, or a decomposed bank.
 
+    Of a folder of its feature shards (latents_*.safetensors), the class tokens become a bank for
+    training on these latents.
+
     Example: stratagem bank import memory_bank.pth --out bank.safetensors
 
     Args:
-        file: The .pth or .pt file.
+        file: The .pth or .pt file, or the folder.
         out: The bank's file.
         format: How vectors are stored; by default float16, and a decomposed bank stays low-rank.
     """
@@ -125,9 +128,17 @@ def info(bank: Positional[Path], /, json: bool = False) -> None:
         return
     history = facts.pop("history")
     for name, value in facts.items():
-        say(f"{name:<12} {value}")
+        say(f"{name:<12} {_fact(value)}")
     for entry in history:
         say(f"{'edit':<12} {entry}")
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_fact(inner)}" for key, inner in value.items())
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def compress(

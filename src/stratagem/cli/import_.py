@@ -24,7 +24,9 @@ def import_(
 ) -> None:
     """Makes a run of an official checkpoint, to be sampled like any other.
 
-    Example: stratagem import sit-xl.pt --from sit --out runs/sit-xl
+    Example: stratagem import sit-xl.pt --from sit --latent-multiplier 0.18215 --out runs/sit-xl
+    Example: stratagem import lightningdit-xl.pt --from lightningdit
+        --latent-stats latents_stats.pt --out runs/lightningdit-xl
 
     EDM's pickles hold code, and multistage NCSN++ and LDM keep their averaged weights apart. Make
     a plain state dict of them where they were trained, in three lines of Python:

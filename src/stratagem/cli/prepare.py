@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json as json_module
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -13,6 +14,7 @@ from stratagem.data.datasets import Reading
 from stratagem.data.datasets import prepare as prepare_data
 from stratagem.data.latents import PosteriorKind
 from stratagem.data.official import open_data, write_official
+from stratagem.data.shards import DataSet
 from stratagem.errors import InputError
 from stratagem.programs import device_of
 
@@ -38,6 +40,7 @@ def prepare(  # noqa: PLR0913, PLR0917
     posterior: PosteriorKind = "mean+std",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     layout: Literal["stratagem", "lightningdit"] = "stratagem",
+    json: bool = False,
 ) -> None:
     """Makes a data set of images, wherever they lie; stopped, the same command goes on.
 
@@ -75,11 +78,12 @@ def prepare(  # noqa: PLR0913, PLR0917
         posterior: What to keep of a latent; mean takes half the space and has no noise.
         device: Where the autoencoder runs; auto takes a GPU where there is one.
         layout: Write latents of a data set as LightningDiT reads them.
+        json: Print what was made as JSON.
     """
     reading = Reading(from_, workers, strict)
     if layout != "stratagem":
         settings = (size, gray, flip, holdout, autoencoder, weights, posterior, device, reading)
-        _export(Path(images), out, seed, plain=settings == _PLAIN)
+        _export(Path(images), out, seed, plain=not json and settings == _PLAIN)
         return
     encoder = None
     if autoencoder != "none":
@@ -98,16 +102,43 @@ def prepare(  # noqa: PLR0913, PLR0917
             reading=reading,
             autoencoder=encoder,
             posterior=posterior,
-            announce=lambda size: say(f"{out}: about {size / 1e9:.2f} GB to write"),
+            announce=None
+            if json
+            else lambda size: say(f"{out}: about {size / 1e9:.2f} GB to write"),
             progress=progress,
         )
-    held = len(data.held_out_indices)
-    say(f"{out}: {data.num:,} {data.kind} of {'x'.join(map(str, data.shape))}, {held:,} held out")
-    for name, cause in data.rejected[:10]:
-        say(f"  left out {name}: {cause}")
+    causes: dict[str, list[str]] = {}
+    for name, cause in data.rejected:
+        causes.setdefault(cause, []).append(name)
+    if json:
+        say(json_module.dumps(_facts(data, causes), indent=1))
+    else:
+        _report(data, causes)
+
+
+def _facts(data: DataSet, causes: dict[str, list[str]]) -> dict[str, Any]:
+    return {
+        "data": str(data.path),
+        "fingerprint": data.fingerprint,
+        "kind": data.kind,
+        "num": data.num,
+        "shape": data.shape,
+        "classes": data.classes,
+        "held_out": len(data.held_out_indices),
+        "left_out": {cause: len(names) for cause, names in causes.items()},
+    }
+
+
+def _report(data: DataSet, causes: dict[str, list[str]]) -> None:
+    """Says what was made, and the ten most frequent causes of what was left out."""
+    held, kind = len(data.held_out_indices), f"{data.kind} of {'x'.join(map(str, data.shape))}"
+    say(f"{data.path}: {data.num:,} {kind}, {held:,} held out, {len(data.classes)} classes")
+    for cause, names in sorted(causes.items(), key=lambda item: -len(item[1]))[:10]:
+        more = f" (and {len(names) - 1:,} more)" if len(names) > 1 else ""
+        say(f"  left out {names[0]}{more}: {cause}")
     if num := len(data.rejected):
         files, read = f"{num:,} file{'s' * (num > 1)}", data.num + num
-        say(f"  {files} left out of {read:,} that were read; all are in {out}/rejected.json")
+        say(f"  {files} left out of {read:,} that were read; all are in {data.path}/rejected.json")
 
 
 def _export(images: Path, out: Path, seed: int, *, plain: bool) -> None:

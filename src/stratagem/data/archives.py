@@ -13,6 +13,7 @@ a record that says so.
 from __future__ import annotations
 
 import bz2
+import contextlib
 import functools
 import gzip
 import io
@@ -36,6 +37,7 @@ _PACKED: dict[bytes, Callable[[Path], Any]] = {
     b"\xfd7": lzma.open,
 }
 _BROKEN = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError)
+_UTF8 = 0x800  # flag of a name in a zip
 _TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 
 
@@ -61,11 +63,19 @@ def _zip(path: Path) -> Iterator[File]:
             if info.is_dir():
                 continue
             if stat.S_ISLNK(info.external_attr >> 16):
-                yield File(info.filename, "a link inside an archive")
+                yield File(_zip_name(info), "a link inside an archive")
             elif info.flag_bits & 1:
-                yield File(info.filename, "encrypted")
+                yield File(_zip_name(info), "encrypted")
             else:
-                yield File(info.filename, functools.partial(_zipped, path, index))
+                yield File(_zip_name(info), functools.partial(_zipped, path, index))
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """Returns a name; Info-ZIP's `zip` writes UTF-8 without saying so, and zipfile reads cp437."""
+    if not info.flag_bits & _UTF8:
+        with contextlib.suppress(UnicodeError):
+            return info.filename.encode("cp437").decode()
+    return info.filename
 
 
 def _zipped(path: Path, index: int) -> BinaryIO:

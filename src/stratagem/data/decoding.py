@@ -46,14 +46,17 @@ def decode(source: BinaryIO | np.ndarray, size: int, channels: Literal[1, 3]) ->
             raise BadImage(f"too small: {image.width} x {image.height} pixels")
         ImageOps.exif_transpose(image, in_place=True)
         square = center_crop(_convert(image, "L" if channels == 1 else "RGB"), size)
-    pixels = np.array(square).reshape(size, size, channels)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    pixels = np.asarray(square).reshape(size, size, channels)
+    return np.array(pixels.transpose(2, 0, 1), order="C")
 
 
 def cause_of(error: Exception) -> str:
     """Returns why an image cannot be used, in one line, of what reading or decoding it raised."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image of a kind that Pillow can read"
+    if isinstance(error, Image.DecompressionBombError):  # at twice the limit Pillow itself refuses
+        limit = Image.MAX_IMAGE_PIXELS
+        return f"too large: more than {limit and 2 * limit} pixels, the limit is {limit}"
     if isinstance(error, BadImage | OSError):
         text = getattr(error, "strerror", None) or str(error)
     else:  # decoders raise anything on broken bytes: struct.error, SyntaxError, zlib.error

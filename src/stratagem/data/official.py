@@ -31,7 +31,15 @@ from stratagem.errors import DamagedArtifact, InputError
 from stratagem.memory.ids import Ids
 from stratagem.randomness import normal
 
-__all__ = ["convert_official", "is_official", "open_data", "open_official", "write_official"]
+__all__ = [
+    "convert_official",
+    "is_official",
+    "official_files",
+    "open_data",
+    "open_official",
+    "read_statistics",
+    "write_official",
+]
 
 _SIDES = ("latents", "latents_flip")
 _SHARDS = "latents_*.safetensors"
@@ -55,6 +63,11 @@ def is_official(path: Path) -> bool:
     return not ours and path.is_dir() and any(path.glob(_SHARDS))
 
 
+def official_files(path: Path) -> list[Path]:
+    """Returns the shards of a folder of official latents, in the order of their rows."""
+    return sorted(path.glob(_SHARDS))
+
+
 def open_official(path: Path, verify: bool = False) -> DataSet:  # noqa: ARG001
     """Opens a folder of official latents in place.
 
@@ -66,12 +79,12 @@ def open_official(path: Path, verify: bool = False) -> DataSet:  # noqa: ARG001
         InputError: If there are no such latents, or their statistics are missing.
         DamagedArtifact: If a file is truncated or altered.
     """
-    files = sorted(Path(path).glob(_SHARDS))
+    files = official_files(Path(path))
     shards = [_shard(file) for file in files]
     if not shards:
         raise InputError(f"no latents in {path}: expected files like {_SHARDS}")
     labels = torch.cat([shard["labels"] for shard in shards])
-    statistics = _statistics(Path(path) / _STATISTICS)
+    statistics = read_statistics(Path(path) / _STATISTICS)
     shape, counts = shards[0]["latents"].shape[1:], [len(shard["labels"]) for shard in shards]
     meta = {
         "num": len(labels),
@@ -201,7 +214,13 @@ def _shard(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _statistics(file: Path) -> Statistics:
+def read_statistics(file: Path) -> Statistics:
+    """Reads latents_stats.pt: mean and standard deviation of each channel.
+
+    Raises:
+        InputError: If it is missing, or holds no statistics.
+        DamagedArtifact: If it is truncated or altered.
+    """
     if not file.is_file():
         raise InputError(
             f"{file} is missing: put the statistics there that belong to the latents, or compute "

@@ -9,6 +9,7 @@
 
 Reading maps each shard once, when it is first needed: image i is then a slice of memory, and no
 file is opened or parsed per sample. Labels and names are mapped too: a million open in a moment.
+Only whoever goes through all images in order, with `DataSet.batches`, reads the files.
 
 `DataSet.sample` gives what a network learns from, whichever kind is stored: x = u / 127.5 - 1 of
 pixels u, and x = (z - m) / s of latents z drawn from their posteriors.
@@ -16,8 +17,10 @@ pixels u, and x = (z - m) / s of latents z drawn from their posteriors.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,6 +123,9 @@ class DataSet:
             DamagedArtifact: If a file is missing, truncated or altered.
         """
         path = Path(path)
+        if not (path / artifact.MANIFEST).is_file():
+            found = "is not a finished dataset" if path.is_dir() else "does not exist"
+            raise InputError(f"{path} {found}: make one by  stratagem prepare IMAGES --out DATA")
         manifest = artifact.read_folder(path, KIND, verify=False)
         small = sum(entry["bytes"] for entry in manifest.files.values()) <= _SUMMED_BYTES
         if verify:
@@ -207,9 +213,27 @@ class DataSet:
         return out
 
     def batches(self, size: int, first: int = 0) -> Iterator[Tensor]:
-        """Yields the images from `first` on, in order, (size, C, H, W) each but the last, uint8."""
+        """Yields the images from `first` on, in order, (size, C, H, W) each but the last, uint8.
+
+        They are read, not mapped: a row of images asks the disk ahead, and costs no page faults.
+        """
+        self.require_images()
         for start in range(first, self.num, size):
-            yield self.images(torch.arange(start, min(start + size, self.num)))
+            images = torch.empty((min(size, self.num - start), *self.shape), dtype=torch.uint8)
+            self._read_into(images, start)
+            yield images
+
+    def _read_into(self, images: Tensor, start: int) -> None:
+        """Reads the images from `start` on, as many as there is room for."""
+        starts, done = self._starts.tolist(), 0
+        while done < len(images):
+            number = bisect.bisect_right(starts, start + done) - 1
+            left = starts[number + 1] - start - done  # in this shard, whose end is its file's
+            part = images[done : done + left]
+            with (self.path / shard_name(self.kind, number)).open("rb", buffering=0) as stream:
+                stream.seek(-left * images[0].nbytes, os.SEEK_END)
+                stream.readinto(part.numpy().data)
+            done += len(part)
 
     @functools.cached_property
     def rejected(self) -> list[tuple[str, str]]:

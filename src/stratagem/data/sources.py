@@ -185,7 +185,7 @@ def folder_files(root: Path) -> Iterator[File]:
         InputError: If it is missing, not a folder, or cannot be listed.
     """
     if not root.exists():
-        raise InputError(f"no images at {root}: the folder does not exist")
+        raise InputError(f"no images at {root}: there is no such file or folder")
     if not root.is_dir():
         raise InputError(f"{root} is a file: give the folder that holds the images")
     try:

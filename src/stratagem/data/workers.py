@@ -2,9 +2,11 @@
 
     records -> chunks -> process 0, 1, ..., 0, 1, ... -> chunks in the same order
 
-A process is this module run by a new interpreter, without torch, joined by a pair of sockets. It
-imports nothing of the program that asks, so scripts need no `if __name__ == "__main__"`. It ends
-when that program does, however that ended, for then its socket is closed.
+A process is this module run by a new interpreter, without torch, joined by a pair of sockets and
+some memory, in which it leaves the pixels: those of chunk k in part k modulo `_AHEAD`, which is
+free again when the next chunk for it is given. It imports nothing of the program that asks, so
+scripts need no `if __name__ == "__main__"`. It ends when that program does, however that ended, for
+then its socket is closed, and the memory goes with both.
 
 A file that kills its decoder is found by giving the chunk once more, image by image, to a new one.
 """
@@ -13,11 +15,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
+import mmap
 import multiprocessing
 import os
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
 import warnings
 from collections import deque
@@ -56,7 +61,9 @@ class Form(NamedTuple):
 
 def cores() -> int:
     """Returns how many cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def decode_all(
@@ -113,14 +120,18 @@ class _Worker:
 
     def __enter__(self) -> _Worker:
         ours, theirs = multiprocessing.Pipe()
+        memory = _memory()
+        handles = theirs.fileno(), memory
+        self._parts = itertools.cycle(_parts(memory, self._form))
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "stratagem.data.workers", str(theirs.fileno())],
+            [sys.executable, "-P", "-m", "stratagem.data.workers", *map(str, handles)],
             env={**os.environ, **_ONE_THREAD, "PYTHONPATH": os.pathsep.join(sys.path)},
-            pass_fds=[theirs.fileno()],
+            pass_fds=handles,
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for the program, which then closes the sockets
         )
         theirs.close()
+        os.close(memory)
         self._connection, self._ready = ours, False
         with contextlib.suppress(OSError):  # it is dead: `_receive` sees to that
             self._connection.send(self._form)
@@ -170,15 +181,32 @@ class _Worker:
             except (EOFError, OSError) as error:
                 text = "the processes that decode images do not start: give --workers 1"
                 raise InputError(text) from error
-        return self._connection.recv()
+        causes = self._connection.recv()
+        pixels = next(self._parts)
+        return [pixels[i].copy() if cause is None else cause for i, cause in enumerate(causes)]
 
     def _renew(self) -> None:
         self.__exit__(None, None, None)
         self.__enter__()
 
 
-def _serve(connection: Connection) -> None:
-    """Answers chunks until the other side is gone.
+def _memory() -> int:
+    """Returns a handle of memory to share; unlike /dev/shm it is never small."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("images")
+    with tempfile.TemporaryFile() as file:  # where only Linux has the other
+        return os.dup(file.fileno())
+
+
+def _parts(memory: int, form: Form) -> np.ndarray:
+    """Maps the memory for pixels, shape (_AHEAD, _CHUNK, channels, size, size), uint8."""
+    shape = (_AHEAD, _CHUNK, form.channels, form.size, form.size)
+    os.ftruncate(memory, math.prod(shape))
+    return np.frombuffer(mmap.mmap(memory, math.prod(shape)), np.uint8).reshape(shape)
+
+
+def _serve(connection: Connection, memory: int) -> None:
+    """Answers chunks until the other side is gone: with None for an image, or why there is none.
 
     Threads take them in and send the results, so that no side waits for room while the other does,
     and this one goes on while the other is busy with a shard.
@@ -204,10 +232,18 @@ def _serve(connection: Connection) -> None:
     for work in (receive, answer):
         threading.Thread(target=work, daemon=True).start()
     warnings.simplefilter("ignore")
-    while True:
-        results.put([_attempt(load, form) for load in chunks.get()])
+    for pixels in itertools.cycle(_parts(memory, form)):
+        results.put([_leave(load, form, pixels[i]) for i, load in enumerate(chunks.get())])
+
+
+def _leave(load: Loader | str, form: Form, place: np.ndarray) -> str | None:
+    image = _attempt(load, form)
+    if isinstance(image, str):
+        return image
+    place[...] = image
+    return None
 
 
 if __name__ == "__main__":
     with contextlib.suppress(OSError):
-        _serve(Connection(int(sys.argv[1])))
+        _serve(Connection(int(sys.argv[1])), int(sys.argv[2]))

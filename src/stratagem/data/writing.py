@@ -2,8 +2,9 @@
 
     items -> pending images -> codec -> shard and note -> ... -> labels, names, manifest
 
-Memory holds one shard. What a shard says of its images (labels, names, sums for the statistics,
-how many items it took) stands in a note beside it, written after the shard is on the disk. A
+Memory holds two shards: one is filled while another thread sums the one before and writes it. What
+a shard says of its images (labels, names, sums for the statistics, how many items it took) stands
+in a note beside it, written after the shard is on the disk. A
 writing that was stopped or killed goes on after the last note, with the same result, bit for bit,
 for a codec sees the images in the same groups. Notes are gone at the end.
 
@@ -19,6 +20,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,8 +153,12 @@ def write_dataset(
                 announce(needed)
             require_room(path, needed)
 
-    with artifact.write_folder(path, KIND, meta, origin=place if resumable else None) as folder:
-        writer = _Writer(folder, codec, len(source.classes), shard_size, begin)
+    origin, sums = place if resumable else None, dict[str, str]()
+    with (
+        artifact.write_folder(path, KIND, meta, origin=origin, sums=sums) as folder,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        writer = _Writer(folder, codec, len(source.classes), shard_size, begin, thread)
         skipped = writer.done
         items = source.items(skipped) if callable(source.items) else source.items
         for item in items:
@@ -161,6 +167,7 @@ def write_dataset(
                 progress(writer.done)
         meta.update(writer.finish(source.name))
         held = _hold_out(meta["num"], holdout, seed) if held_out is None else held_out
+        sums.update(writer.sums())
         columns = {"labels": writer.labels(), "held_out": held}
         artifact.write_tensor_file(folder / "labels.safetensors", columns)
     for note in path.glob(_NOTES):
@@ -199,14 +206,18 @@ class _Writer:
         num_classes: int,
         shard_size: int | None,
         begin: Callable[[Sequence[int]], None],
+        thread: ThreadPoolExecutor,
     ) -> None:
-        self._folder, self._codec = folder, codec
+        self._folder, self._codec, self._thread = folder, codec, thread
         self._num_classes = num_classes
         self._shard_size = shard_size
         self._begin = begin
         self._begun = False
         self._pending: list[Sample] = []  # not yet encoded
-        self._encoded: list[dict[str, Tensor]] = []
+        self._shard: dict[str, Tensor] = {}  # room for the rows of a shard, used again and again
+        self._spare: dict[str, Tensor] = {}
+        self._filled = 0
+        self._job: Future[dict[str, Any]] | None = None
         self._labels: list[int] = []
         self._names: list[str] = []
         self._rejected: list[tuple[int, str, str]] = []
@@ -217,6 +228,7 @@ class _Writer:
         self._drop_damaged()
         for note in self._notes():
             self._count(note)
+            self.done, self._shape = note["done"], tuple(note["shape"])
 
     def add(self, item: Sample | Rejected) -> None:
         """Takes one item; writes a shard when enough images are pending."""
@@ -237,6 +249,7 @@ class _Writer:
         """Writes what is pending, names and rejects; returns what the manifest says of them."""
         if self._names or self._rejected:
             self._flush()
+        self._settle()
         rejected = [entry for note in self._notes() for entry in note["rejected"]]
         if not self._counts:
             raise InputError(_why_empty(source, rejected))
@@ -259,6 +272,11 @@ class _Writer:
         """Returns the labels of all images, shape (N,), int64."""
         return torch.cat([torch.tensor(note["labels"]).long() for note in self._notes()])
 
+    def sums(self) -> dict[str, str]:
+        """Returns the SHA-256 of each shard's file."""
+        sums = [note["sum"] for note in self._notes() if note["sum"] is not None]
+        return {shard_name(self._codec.kind, number): sum_ for number, sum_ in enumerate(sums)}
+
     def _check(self, sample: Sample) -> None:
         image = sample.image
         self._shape = self._shape or tuple(image.shape)
@@ -276,36 +294,55 @@ class _Writer:
             )
 
     def _flush(self) -> None:
-        """Writes the images taken in as a shard, if there are any, and then the note of them."""
+        """Has the images taken in written as a shard, if there are any, and then the note of them.
+
+        Waits for the shard before, so that there are never more than two.
+        """
         self._encode()
-        moments, sum_ = Moments(0, [], []), None
-        if self._encoded:
-            parts, self._encoded = self._encoded, []
-            columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            moments = self._codec.moments(columns)
-            file = self._folder / shard_name(self._codec.kind, len(self._counts))
-            artifact.write_tensor_file(file, columns)
-            flush(file)
-            sum_ = sum_of(file)
+        self._settle()
+        columns = {name: rows[: self._filled] for name, rows in self._shard.items()}
         note = {
-            "sum": sum_,
             "done": self.done,
             "shape": self._shape,
             "labels": self._labels,
             "names": self._names,
             "rejected": self._rejected,
-            "moments": moments,
         }
         number = len(list(self._folder.glob(_NOTES)))
-        artifact.write_bytes(self._folder / f".rows-{number:05d}.json", json.dumps(note).encode())
+        self._job = self._thread.submit(self._write, columns, len(self._counts), note, number)
+        self._shard, self._spare, self._filled = self._spare, self._shard, 0
         self._labels, self._names, self._rejected = [], [], []
-        self._count(note)
+
+    def _write(
+        self, columns: dict[str, Tensor], shard: int, note: dict[str, Any], number: int
+    ) -> dict[str, Any]:
+        """Writes a shard, if it has images, and a note; returns the note."""
+        note |= {"moments": Moments(0, [], []), "sum": None}
+        if note["labels"]:
+            file = self._folder / shard_name(self._codec.kind, shard)
+            note |= {"moments": self._codec.moments(columns)}
+            note |= {"sum": artifact.write_tensor_file(file, columns)}
+            flush(file)
+        artifact.write_bytes(self._folder / f".rows-{number:05d}.json", json.dumps(note).encode())
+        return note
+
+    def _settle(self) -> None:
+        """Waits for the shard that is being written, and counts it."""
+        if self._job is not None:
+            self._count(self._job.result())
+            self._job = None
 
     def _encode(self) -> None:
-        if self._pending:
-            images = torch.stack([sample.image for sample in self._pending])
-            self._encoded.append(self._codec.columns(images))
-            self._pending = []
+        """Puts what is pending into the shard."""
+        if not self._pending:
+            return
+        images, self._pending = self._pending, []
+        columns = self._codec.columns(torch.stack([sample.image for sample in images]))
+        for name, rows in columns.items():
+            if name not in self._shard:
+                self._shard[name] = rows.new_empty((self._most(images[0].image), *rows.shape[1:]))
+            self._shard[name][self._filled : self._filled + len(rows)] = rows
+        self._filled += len(images)
 
     def _most(self, image: Tensor) -> int:
         """Returns how many images make a shard."""
@@ -318,8 +355,6 @@ class _Writer:
         if note["labels"]:
             self._counts.append(len(note["labels"]))
             self._moments += Moments(*note["moments"])
-        self._shape = tuple(note["shape"])
-        self.done = note["done"]
 
     def _drop_damaged(self) -> None:
         """Forgets the notes from the first on whose shard is not what was written."""

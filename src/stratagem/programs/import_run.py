@@ -9,6 +9,7 @@ What it does not say (the data set, which encoder made the snippets) the run doe
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,6 +29,8 @@ from stratagem.config import (
     UNetModelConfig,
     dump,
 )
+from stratagem.data.latents import Statistics
+from stratagem.data.official import read_statistics
 from stratagem.errors import InputError
 from stratagem.interop.dit import Official, Project, convert, inspect
 from stratagem.interop.state_dict import Weights, read
@@ -59,6 +62,10 @@ class Told:
         head_width: Width of a U-Net's attention heads, if not the published one.
         cuts: Where a multistage U-Net cuts the noise axis, if not where the published one does:
             EDM's sigma, NCSN++'s t, LDM's number of a step.
+        latent_stats: latents_stats.pt of the latents that a transformer learned from, without
+            which `sample` cannot decode.
+        latent_multiplier: What these latents were multiplied with; 0.18215 of SD-VAE's, which SiT
+            and REPA learned from, without statistics.
     """
 
     heads: int | None = None
@@ -67,6 +74,8 @@ class Told:
     norm_groups: int | None = None
     head_width: int | None = None
     cuts: tuple[float, ...] = ()
+    latent_stats: Path | None = None
+    latent_multiplier: float | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +135,8 @@ def _import_transformer(
     place = bank if bank is not None else out / "bank.safetensors"
     cfg, config = official.cfg, _config(official, place)
     made = _description(cfg, official.family.title, file, held)
+    if told.latent_stats is not None or told.latent_multiplier is not None:
+        made["latents"] = _latents(told, cfg.channels)
     with torch.device("meta"):  # only its shapes are needed
         net = make_backbone(config, made)
     weights = convert(found.tensors, official, net)
@@ -144,7 +155,7 @@ def _import_transformer(
 def _import_unet(
     file: Path, source: UNetSource, out: Path, found: Weights, told: Told, bank: Path | None
 ) -> Imported:
-    _refuse(told, source, ("heads", "rope"))
+    _refuse(told, source, ("heads", "rope", "latent_stats", "latent_multiplier"))
     if bank is not None:
         raise InputError("--bank has no effect: this network has no memory")
     official = inspect_unet(
@@ -174,6 +185,22 @@ def _import_unet(
         found.left_out,
         None,
     )
+
+
+def _latents(told: Told, channels: int) -> dict[str, Any]:
+    """Returns mean and std of x = (z - mean) / std from (z - m) / s multiplier, or z multiplier."""
+    multiplier = 1.0 if told.latent_multiplier is None else told.latent_multiplier
+    if not 0 < multiplier < math.inf:
+        raise InputError(f"--latent-multiplier is {multiplier}: it must be greater than 0")
+    found = Statistics([0.0] * channels, [1.0] * channels)
+    if told.latent_stats is not None:
+        found = read_statistics(told.latent_stats)
+    if len(found.mean) != channels or len(found.std) != channels:
+        raise InputError(
+            f"{told.latent_stats} is of latents of {len(found.mean)} channels, the network's have "
+            f"{channels}"
+        )
+    return {"autoencoder": {}, "mean": found.mean, "std": [std / multiplier for std in found.std]}
 
 
 def _refuse(told: Told, source: Source, names: tuple[str, ...]) -> None:
