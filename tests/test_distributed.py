@@ -34,6 +34,7 @@ from stratagem.distributed import (
     connect,
     fill,
     full,
+    launched,
     like,
     rank,
     wrap,
@@ -391,7 +392,7 @@ def test_rows_of_processes_are_those_of_the_whole(blobs: DataSet, folder: Path) 
     batches: Batches = assemble(load(folder / "config.yaml")).batches
     whole = batches(3)
     assert whole.whole is None
-    for ranks in (1, 2, 5):
+    for ranks in (1, 2, 5, 8):
         for own in range(ranks):
             part = batches(3, own, ranks)
             cut = whole.part(own, ranks)
@@ -402,6 +403,13 @@ def test_rows_of_processes_are_those_of_the_whole(blobs: DataSet, folder: Path) 
                     assert torch.equal(a, b)
             assert part.condition.keys() == cut.condition.keys()
             assert all(torch.equal(part.condition[n], cut.condition[n]) for n in cut.condition)
+
+
+def test_a_launcher_is_known_by_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert not launched()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert launched()
 
 
 def test_one_process_needs_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,15 +17,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stratagem import prefetch
 from stratagem.assemble import assemble
 from stratagem.batches import Batch
 from stratagem.checkpoint import list_steps, load
 from stratagem.config import ModelConfig, RunConfig, StagesConfig, UNetModelConfig, parse
 from stratagem.data.shards import DataSet
-from stratagem.distributed import Parallel
+from stratagem.distributed import Parallel, World
 from stratagem.errors import InputError, NonFinite
 from stratagem.optimizers import Algorithm, blocks_of, make_optimizers
-from stratagem.prefetch import Prefetch, to_device
+from stratagem.prefetch import Prefetch, threads_for, to_device
 from stratagem.programs.train import train
 from stratagem.stopping import Finite, Interrupted, StopFlag
 from stratagem.train import TrainState, fit, prepare_blocks, train_step
@@ -274,33 +275,72 @@ def numbered(step: int) -> Batch:
     return Batch(torch.tensor([step]), row, row, row, {"label": row}, row)
 
 
-def test_batches_come_in_order_and_no_further_than_asked() -> None:
+def makers() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("batches")]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_batches_come_in_order_and_no_further_than_asked(threads: int) -> None:
     asked: list[int] = []
 
     def make(step: int) -> Batch:
         asked.append(step)
         return numbered(step)
 
-    with Prefetch(make, 3, 50, depth=2) as batches:
+    with Prefetch(make, 3, 50, depth=2, threads=threads) as batches:
         for step in range(3, 9):
             assert int(batches.take().ids) == step
+        until = time.monotonic() + 60
+        while len(asked) < 8 + threads and time.monotonic() < until:
+            time.sleep(0.001)
         time.sleep(0.05)
-        assert asked == list(range(3, 12))  # two wait, one is in the hand
-    assert "batches" not in [t.name for t in threading.enumerate()]
+        assert sorted(asked) == list(range(3, 11 + threads))  # two wait, and one in each hand
+        assert len(makers()) <= threads
+    assert not makers()
 
 
-def test_an_error_in_the_background_is_raised_at_its_step() -> None:
+def test_threads_make_batches_side_by_side_and_give_them_in_order() -> None:
+    """Step 2k is made only after step 2k + 1: one thread would never get past the first."""
+    done = {step: threading.Event() for step in range(20)}
+
+    def make(step: int) -> Batch:
+        assert step % 2 or done[step + 1].wait(60)
+        done[step].set()
+        return numbered(step)
+
+    with Prefetch(make, 0, 20, threads=2) as batches:
+        assert [int(batches.take().ids) for _ in range(20)] == list(range(20))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_error_in_the_background_is_raised_at_its_step(threads: int) -> None:
     def make(step: int) -> Batch:
         if step == 2:
             raise OSError("the disk is gone")
         return numbered(step)
 
-    with Prefetch(make, 0, 9) as batches:
-        for _ in range(2):
-            batches.take()
+    with Prefetch(make, 0, 9, threads=threads) as batches:
+        for step in range(2):
+            assert int(batches.take().ids) == step
         with pytest.raises(OSError, match="disk is gone"):
             batches.take()
-    assert "batches" not in [t.name for t in threading.enumerate()]
+    assert not makers()
+
+
+def test_a_loop_that_ends_early_waits_for_no_batch_that_was_not_begun() -> None:
+    asked, go = [], threading.Event()
+
+    def make(step: int) -> Batch:
+        asked.append(step)
+        assert go.wait(60)
+        return numbered(step)
+
+    with Prefetch(make, 0, 99, depth=8, threads=2):
+        while len(asked) < 2:
+            time.sleep(0.001)
+        threading.Timer(0.05, go.set).start()
+    assert sorted(asked) == [0, 1]
+    assert not makers()
 
 
 def test_batches_are_made_while_a_step_runs() -> None:
@@ -315,6 +355,19 @@ def test_batches_are_made_while_a_step_runs() -> None:
             batches.take()
             assert made[step + 1].wait(60)  # without anybody asking for it
             assert made[step + 2].wait(60)
+
+
+@pytest.mark.parametrize(
+    ("cores", "gpus", "processes", "threads"),
+    [(16, 1, 1, 4), (16, 8, 1, 4), (32, 8, 8, 3), (32, 8, 16, 3), (8, 8, 8, 1), (2, 1, 1, 1)],
+)
+def test_threads_that_make_batches_share_the_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, gpus: int, processes: int, threads: int
+) -> None:
+    monkeypatch.setattr(prefetch, "cores", lambda: cores)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert threads_for(World(0, processes, torch.device("cuda", 0))) == threads
+    assert threads_for(World(0, processes)) == 1  # a CPU's cores are the network's
 
 
 def test_ids_stay_where_people_can_read_them() -> None:

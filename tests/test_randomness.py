@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
+import pytest
 import torch
 
-from stratagem.randomness import generator, normal, normal_rows, permutation, uniform
+from stratagem.randomness import (
+    generator,
+    normal,
+    normal_at,
+    normal_rows,
+    permutation,
+    uniform,
+    uniform_at,
+)
 
 
 def test_a_draw_is_a_function_of_its_key() -> None:
@@ -41,6 +53,47 @@ def test_distributions() -> None:
     assert u.min() >= 0
     assert u.max() < 1
     assert abs(u.double().mean() - 0.5) < 0.005
+
+
+@pytest.mark.parametrize("draw", [normal_at, uniform_at])
+def test_a_row_of_a_batch_is_its_own(draw: Callable[..., torch.Tensor]) -> None:
+    """Three numbers a row leave half a word of the stream unused, which the next must not see."""
+    whole = draw(range(40), (1, 3), 5, "noise", 2)
+    assert whole.dtype == torch.float32
+    assert len(whole.unique()) == whole.numel()
+    for ranks in (1, 2, 3, 4, 8, 32):
+        for rank in range(ranks):
+            part = draw(range(rank, 40, ranks), (1, 3), 5, "noise", 2)
+            assert torch.equal(part, whole[rank::ranks])
+    assert torch.equal(draw([7, 0, 7], (1, 3), 5, "noise", 2), whole[[7, 0, 7]])
+    assert torch.equal(draw(range(90), (1, 3), 5, "noise", 2)[:40], whole)  # of a larger batch
+    assert torch.equal(draw(range(40), (1, 8), 5, "noise", 2)[..., :3], whole)  # of longer rows
+    for other in [(6, "noise", 2), (5, "posterior", 2), (5, "noise", 3)]:
+        assert not torch.isin(draw(range(40), (1, 3), *other), whole).any()
+
+
+def test_rows_of_a_batch_are_independent_and_standard() -> None:
+    rows = normal_at(range(1000), (500,), 1, "noise", 3)
+    for line in (rows, rows.T):  # within a row, and at one place over the rows
+        assert abs(line.mean(1)).max() < 5.5 / line.shape[1] ** 0.5
+        assert abs(line.var(1) - 1).max() < 5.5 * (2 / line.shape[1]) ** 0.5
+    correlated = torch.corrcoef(rows) - torch.eye(1000)
+    assert correlated.abs().max() < 6 / 500**0.5  # of half a million pairs
+    shares = torch.special.ndtr(rows.double()).flatten().sort().values
+    places = (torch.arange(len(shares)) + 0.5) / len(shares)
+    assert (shares - places).abs().max() * len(shares) ** 0.5 < 1.95  # Kolmogorov-Smirnov, 0.1 %
+    even = uniform_at(range(1000), (500,), 1, "snippet", 3).flatten().sort().values
+    assert 0 <= even[0] < even[-1] < 1
+    assert (even - places).abs().max() * len(even) ** 0.5 < 1.95
+
+
+def test_a_row_never_runs_into_the_next() -> None:
+    """A stream of a million numbers holds no beginning of another row."""
+    long = normal_at([0], (1_000_000,), 2, "noise")[0].numpy()
+    for row in (1, 2, 255, 2**32):
+        first = normal_at([row], (2,), 2, "noise")[0].numpy()
+        assert not ((long[:-1] == first[0]) & (long[1:] == first[1])).any()
+    assert np.array_equal(long[:4], normal((4,), 2, "noise").numpy())
 
 
 def test_permutation_holds_each_number_once() -> None:

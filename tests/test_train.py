@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ from stratagem.config import (
     StagesConfig,
 )
 from stratagem.data.images import to_uint8
+from stratagem.data.order import epoch_order
 from stratagem.data.shards import DataSet
 from stratagem.density import Uniform
 from stratagem.errors import DamagedArtifact, InputError, NonFinite
 from stratagem.memory.bank import MemoryBank
 from stratagem.memory.store import hold
+from stratagem.prefetch import Prefetch
 from stratagem.programs.train import fastest_threads, train
 from stratagem.stages import Stages
 from stratagem.stopping import Interrupted, StopFlag, stop_on_signals
@@ -236,6 +239,44 @@ def test_each_epoch_sees_each_training_image_once(blobs: DataSet) -> None:
     assert torch.equal(batches(5).ids, seen[60:72])  # any step without those before it
 
 
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_row_is_the_same_on_any_number_of_processes(blobs: DataSet, place: str) -> None:
+    spoiling = Snippets(bank_of(blobs, {}), 0.4, place, 0.3, width=20)  # type: ignore[arg-type]
+    batches = Batches(blobs, Uniform(), 40, 1, Conditions(spoiling, 2, 0.3))
+    whole = batches(3)
+    for ranks in (2, 3, 4, 8, 32):
+        for rank in range(ranks):
+            part = batches(3, rank, ranks)
+            for name in ("ids", "x", "eps", "t"):
+                assert torch.equal(getattr(part, name), getattr(whole, name)[rank::ranks])
+            for name, value in whole.condition.items():
+                assert torch.equal(part.condition[name], value[rank::ranks])
+
+
+def test_threads_make_each_order_once_and_the_batches_of_one(
+    blobs: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of 12 images, 32 an epoch: six threads are in two epochs at once, again and again."""
+    alone = [Batches(blobs, Uniform(), 12, 1)(step) for step in range(60)]
+    made: list[int] = []
+
+    def order(*args: Any) -> Tensor:
+        made.append(args[-1])
+        time.sleep(0.002)  # so that others ask for it meanwhile
+        return epoch_order(*args)
+
+    monkeypatch.setattr("stratagem.batches.epoch_order", order)
+    batches = Batches(blobs, Uniform(), 12, 1)
+    with Prefetch(batches, 0, 60, threads=6, depth=0) as together:
+        for one in alone:
+            batch = together.take()
+            assert torch.equal(batch.ids, one.ids)
+            assert torch.equal(batch.x, one.x)
+            assert torch.equal(batch.eps, one.eps)
+    assert len(made) == len(set(made)) == 60 * 12 // 32 + 1
+    assert len(batches._orders) == 5  # not all of them: an order of a large data set is large
+
+
 def test_image_and_snippet_share_one_flip(blobs: DataSet) -> None:
     """The snippet is the image itself here, so it tells whether it was mirrored."""
     bank = bank_of(blobs, {})
@@ -336,13 +377,29 @@ def test_hooks_run_at_their_steps_and_at_the_end(config: RunConfig) -> None:
     assert saved == [4, 7]
 
 
-def test_the_second_signal_acts_at_once() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with stop_on_signals() as flag:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert flag.number == signal.SIGTERM
-        assert signal.getsignal(signal.SIGTERM) == before
-    assert signal.getsignal(signal.SIGTERM) == before
+@pytest.mark.parametrize("echo", [0.0, 2.0])
+def test_the_second_signal_acts_at_once_and_an_echo_does_not(
+    monkeypatch: pytest.MonkeyPatch, echo: float
+) -> None:
+    """Slurm and torchrun both pass the same signal on."""
+    now, heard = [100.0], list[int]()
+    monkeypatch.setattr("stratagem.stopping.time.monotonic", lambda: now[0])
+    outer = signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
+    try:
+        before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)]
+        with stop_on_signals(echo=echo) as flag:
+            for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1) if echo else (15,):
+                os.kill(os.getpid(), number)
+                now[0] += 0.5
+            assert flag.number == signal.SIGTERM
+            assert not heard
+            now[0] += 1 if echo else 0
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert heard == [signal.SIGUSR1]
+            assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)] == before
+        assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)] == before
+    finally:
+        signal.signal(signal.SIGUSR1, outer)
 
 
 def test_loss_falls(config: RunConfig, tmp_path: Path) -> None:
@@ -375,7 +432,7 @@ def test_parts_that_do_not_belong_together_are_refused(
     assert config.stages is not None
     for change, message in [
         ({"memory": MemoryConfig(str(tmp_path / "bank"))}, "bank was made from data"),
-        ({"memory": MemoryConfig(str(tmp_path / "none"))}, "does not exist"),
+        ({"memory": MemoryConfig(str(tmp_path / "none"))}, "make it with"),
         ({"stages": StagesConfig(str(tmp_path / "foreign"), 1, (2, 1, 1))}, "other data"),
         ({"stages": dataclasses.replace(config.stages, depths=(2, 2))}, "2 decoders"),
         ({"data": str(tmp_path / "none")}, "does not exist"),

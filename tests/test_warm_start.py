@@ -24,7 +24,7 @@ from stratagem.nets.multi_decoder import MultiDecoder, PassOn, Whole
 from stratagem.nets.transformer import TransformerConfig, TransformerDecoder, TransformerEncoder
 from stratagem.nets.unet import UNetConfig, UNetDecoder, UNetEncoder
 from stratagem.nets.unet_style import style
-from stratagem.nets.warm_start import Origin, origins, part_decoders
+from stratagem.nets.warm_start import Origin, origins, part_decoders, tie_gradients, ties
 from stratagem.programs.train import train
 from stratagem.stages import Stages
 from stratagem.train import Interrupted, TrainConfig, TrainState, train_step
@@ -192,6 +192,48 @@ def test_the_largest_decoder_is_trained() -> None:
     assert transformer((2, 2), (None, None)).largest == 0
 
 
+# --- tied gradients ------------------------------------------------------------------------------
+
+
+def test_ties_join_what_begins_as_a_copy_of_one_tensor() -> None:
+    """Decoders of 2, 4 and 1 blocks, copied from the second: blocks 1 and 3, and block 2."""
+    net = transformer((2, 4, 1), (None, None, None))
+    names = {parameter: name for name, parameter in net.named_parameters()}
+    found = [[names[p] for p in tied] for tied in ties(net, 1)]
+    block = "decoders.{}.stack.blocks.{}.attention.qkv.weight".format
+    for first, copy in (((1, 1), (0, 0)), ((1, 3), (0, 1)), ((1, 2), (2, 0))):
+        assert [block(*first), block(*copy)] in found
+    assert not any(block(1, 0) in group for group in found)
+    assert ["decoders.1.norm.weight", "decoders.0.norm.weight", "decoders.2.norm.weight"] in found
+    assert len(found) == len({group[0] for group in found})
+    wide = transformer((1, 1), (32, 16))
+    assert all(first.shape == copy.shape for first, copy in ties(wide, 0))  # none that is folded
+
+
+def test_tied_gradients_speed_up_what_is_common_and_keep_every_stationary_point() -> None:
+    tied = [nn.Parameter(torch.zeros(3, 2)) for _ in range(4)]
+    own = [torch.randn(3, 2, dtype=torch.float64).float() for _ in tied]
+
+    def mixed(tie: float, rows: int = 4) -> list[Tensor]:
+        for k, (p, grad) in enumerate(zip(tied, own, strict=True)):
+            p.grad = grad.clone() if k < rows else None
+        tie_gradients([tied], tie)
+        assert len({p.grad.data_ptr() for p in tied if p.grad is not None}) == 4
+        return [p.grad for p in tied if p.grad is not None]
+
+    mean, after = sum(own) / 4, mixed(0.75)
+    assert_near(sum(after) / 4, (1 + 3 * 0.75) * mean, NETWORK)
+    for grad, new in zip(own, after, strict=True):
+        assert_near(new - sum(after) / 4, 0.25 * (grad - mean), NETWORK)
+    assert all(torch.equal(a, b) for a, b in zip(mixed(0.0), own, strict=True))
+    *_, idle = mixed(0.75, rows=2)  # as if its own were 0
+    assert_near(idle, 0.75 * (own[0] + own[1]), NETWORK)
+    for p in tied:
+        p.grad = None
+    tie_gradients([tied], 0.75)
+    assert all(p.grad is None for p in tied)
+
+
 # --- training ------------------------------------------------------------------------------------
 
 
@@ -266,6 +308,34 @@ def test_right_after_the_copy_every_stage_computes_what_the_trained_one_did(
     train_step(state, batches(5), equal.train)  # and from here they part
     outs = [net(x, t, stage=k) for k in range(3)]
     assert not torch.equal(outs[0], outs[1])
+
+
+def test_tied_wholly_the_copies_train_as_the_one_decoder_does(config: RunConfig) -> None:
+    """With tie 1, parting changes nothing; with 0.8 they part, less than with 0."""
+    train_cfg = dataclasses.replace(config.train, grad_clip=1e9)  # the norm is of all decoders
+    config = with_stages(config, depths=None, policy="density", unbiased=False)
+    spread, nets = {}, {}
+    for tie in (None, 1.0, 0.8, 0.0):
+        state, batches = started(config)
+        assert state.stages is not None
+        assert state.stages.tie == 0.8
+        object.__setattr__(state.stages, "tie", tie)
+        if tie is None:
+            object.__setattr__(state.stages, "warm_steps", 99)
+        for step in range(8):
+            train_step(state, batches(step), train_cfg)
+        net = nets[tie] = state.objective.denoiser.backbone
+        first, second, third = (d.state_dict() for d in net.decoders)
+        spread[tie] = sum(
+            float((a - b).norm())
+            for other in (second, third)
+            for a, b in zip(first.values(), other.values(), strict=True)
+        )
+    for part in ("encoder", "decoders.0"):
+        wanted = nets[None].get_submodule(part).state_dict()
+        for name, tensor in nets[1.0].get_submodule(part).state_dict().items():
+            assert_near(tensor, wanted[name], NETWORK)
+    assert spread[1.0] == 0 < spread[0.8] < spread[0.0] / 2
 
 
 def test_the_largest_serves_all_stages_first(config: RunConfig) -> None:
@@ -378,6 +448,8 @@ def test_parting_takes_the_largest() -> None:
         ({"warm_steps": 50}, "stages.warm_steps is 50: .* below train.steps, 50"),
         ({"warm_steps": -1}, "stages.warm_steps is -1: it must not be negative"),
         ({"warm_steps": 5, "form": "unified"}, "stages.warm_steps has no effect"),
+        ({"tie": 0.5}, "stages.tie has no effect without stages.warm_steps"),
+        ({"tie": 1.0, "warm_steps": 5}, "stages.tie is 1.0: it must be at least 0 and below 1"),
         ({"policy": "losses"}, "stages.policy is 'losses': choose one of density, uniform, loss"),
         ({"batch": "one"}, "stages.batch is 'one': choose one of mixed, single"),
     ],

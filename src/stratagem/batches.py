@@ -4,7 +4,8 @@
 
 Order of the images, flips, noise, times and everything that is dropped come from counter-based
 randomness, so nothing of it needs to be saved. One flip decision per image serves the image, its
-snippet and its alignment target alike.
+snippet and its alignment target alike. Rows draw their noise from streams of their own, so that a
+process draws that of its rows alone; what is one number per row is drawn for all.
 
 A snippet m is spoilt in training so that the network does not lean on it (GMem, arXiv 2412.08781):
 
@@ -17,6 +18,8 @@ A snippet m is spoilt in training so that the network does not lean on it (GMem,
 from __future__ import annotations
 
 import functools
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
@@ -32,6 +35,8 @@ from stratagem.memory.bank import MemoryBank
 from stratagem.stage_draw import StageDraw
 
 __all__ = ["AlignTokens", "Batch", "Batches", "Conditions", "Snippets", "Tokens"]
+
+_AT_ONCE = 8  # batches in the hands of threads, at most, see `prefetch`
 
 
 class Batch(NamedTuple):
@@ -119,12 +124,15 @@ class AlignTokens:
         self._kept = self._all() if cache else None
 
     def __call__(self, ids: Tensor, flip: Tensor) -> Tensor:
-        """Returns tokens (B, L, D), float32, of images ids (B,), mirrored where flip (B,) is."""
+        """Returns tokens (B, L, D), float32, of images ids (B,), mirrored where flip (B,) is.
+
+        Without a cache they are where the encoder is: on a GPU they need not come here and go back.
+        """
         if self._kept is not None:
             return self._kept[flip.long(), ids].float()
         images = self._data.images(ids)
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-        return self._encoder.tokens(images, self._grid).cpu()
+        return self._encoder.tokens(images, self._grid)
 
     def _all(self) -> Tensor:
         """Tokens of all images, (1 or 2 sides, N, L, D), float16."""
@@ -194,11 +202,13 @@ class Batches:
     stages: StageDraw | None = None
     weights: Tensor | None = None
     _orders: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _ordering: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def __call__(self, step: int, rank: int = 0, ranks: int = 1) -> Batch:
         """Returns the batch of optimizer step `step`, counted from 0, or one process's rows of it.
 
-        All draws are those of the whole batch; what the rows of others would need is not read.
+        Rows are the same whoever makes them; what only others need is neither read nor drawn.
+        Threads may call this at the same time.
 
         Args:
             step: Optimizer step.
@@ -208,9 +218,9 @@ class Batches:
         rows = slice(rank, None, ranks)
         ids = self._ids(step)[rows].contiguous()
         flip = self._flip(step)[rows]
-        noise = functools.partial(self._normal, self.data.shape, "posterior", step)
-        x = self.data.sample(ids, flip, lambda: noise()[rows])
-        eps = self._normal(self.data.shape, "noise", step)[rows]
+        noise = functools.partial(self._normal, rows, self.data.shape, step=step)
+        x = self.data.sample(ids, flip, lambda: noise(purpose="posterior"))
+        eps = noise(purpose="noise")
         condition = self._condition(ids, flip, step, rows)
         whole = None if ranks == 1 else (self.batch_size,)
         if self.stages is None:
@@ -236,15 +246,19 @@ class Batches:
         return torch.cat(parts)
 
     def _order(self, epoch: int) -> Tensor:
-        if epoch not in self._orders:
-            self._orders.clear()
-            self._orders[epoch] = epoch_order(self.data, self.weights, self.seed, epoch)
-        return self._orders[epoch]
+        """Order of an epoch; as many are kept as the batches span that threads make at a time."""
+        with self._ordering:
+            if epoch not in self._orders:
+                self._orders[epoch] = epoch_order(self.data, self.weights, self.seed, epoch)
+                kept = 2 + _AT_ONCE * self.batch_size // len(self.data.train_indices)
+                for old in list(self._orders)[:-kept]:
+                    del self._orders[old]
+            return self._orders[epoch]
 
     def _flip(self, step: int) -> Tensor:
         if not self.data.flip:
             return torch.zeros(self.batch_size, dtype=torch.bool)
-        return self._uniform((), "flip", step) < 0.5
+        return randomness.uniform((self.batch_size,), self.seed, "flip", step) < 0.5
 
     def _condition(
         self, ids: Tensor, flip: Tensor, step: int, rows: slice = slice(None)
@@ -252,7 +266,8 @@ class Batches:
         told, given = self.conditions, dict[str, Tensor]()
         dropped = torch.zeros(len(ids), dtype=torch.bool)
         if told.drop:
-            dropped = self._uniform((), "drop", step)[rows] < told.drop
+            draws = randomness.uniform((self.batch_size,), self.seed, "drop", step)
+            dropped = draws[rows] < told.drop
         if told.snippets is not None:
             given = self._memory(told.snippets, ids, flip, step, rows)
             given["memory"] = torch.where(dropped[:, None], 0, given["memory"])
@@ -268,21 +283,19 @@ class Batches:
     ) -> dict[str, Tensor]:
         memory = snippets.bank.lookup(ids, flip)
         if snippets.jitter:
-            z = self._normal(memory.shape[1:], "jitter", step)[rows]
+            z = self._normal(rows, memory.shape[1:], "jitter", step)
             memory = memory + snippets.jitter * z / memory.shape[1] ** 0.5
         if not snippets.dropout:
             return {"memory": memory}
+        width = memory.shape[1] if snippets.place == "before" else snippets.width
+        draws = randomness.uniform_at(self._numbers(rows), (width,), self.seed, "snippet", step)
+        keep = (draws >= snippets.dropout) / (1 - snippets.dropout)
         if snippets.place == "before":
-            return {"memory": memory * self._keep(memory.shape[1], snippets.dropout, step)[rows]}
-        keep = self._keep(snippets.width, snippets.dropout, step)[rows]
+            return {"memory": memory * keep}
         return {"memory": memory, "memory_keep": keep}
 
-    def _keep(self, width: int, rate: float, step: int) -> Tensor:
-        """Factors of dropout, (whole batch, width): 0 with the given rate, else 1 / (1 - rate)."""
-        return (self._uniform((width,), "snippet", step) >= rate) / (1 - rate)
+    def _normal(self, rows: slice, shape: Sequence[int], purpose: str, step: int) -> Tensor:
+        return randomness.normal_at(self._numbers(rows), shape, self.seed, purpose, step)
 
-    def _uniform(self, shape: tuple[int, ...], purpose: str, step: int) -> Tensor:
-        return randomness.uniform((self.batch_size, *shape), self.seed, purpose, step)
-
-    def _normal(self, shape: tuple[int, ...], purpose: str, step: int) -> Tensor:
-        return randomness.normal((self.batch_size, *shape), self.seed, purpose, step)
+    def _numbers(self, rows: slice) -> range:
+        return range(self.batch_size)[rows]

@@ -33,6 +33,7 @@ __all__ = [
     "connect",
     "fill",
     "full",
+    "launched",
     "like",
     "rank",
     "wrap",
@@ -158,6 +159,11 @@ def connect(device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterator[World]:
         distributed.destroy_process_group()
 
 
+def launched() -> bool:
+    """Says whether torchrun, or a program like it, has started this process."""
+    return "WORLD_SIZE" in os.environ
+
+
 def rank() -> int:
     """Returns which process this is, before it has joined the others; 0 alone."""
     return _number("RANK", 0)
@@ -170,7 +176,7 @@ def _number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdigit():
         raise InputError(f"{name} is {text!r}: start several processes with torchrun")
-    if name != "WORLD_SIZE" and int(text) and "WORLD_SIZE" not in os.environ:
+    if name != "WORLD_SIZE" and int(text) and not launched():
         raise InputError(f"{name} is {text} of 1 process, without WORLD_SIZE: use torchrun")
     return int(text)
 

@@ -1,37 +1,55 @@
 """Batches made in the background, while the network is busy with those before.
 
-    thread    make(0)  make(1)  make(2)  ...     at most `depth` ahead of what was taken
-    training           step 0   step 1   ...
+    threads   make(0)  make(1)  make(2)  ...     at most `depth` wait, and each thread makes one
+    training           step 0   step 1   ...     takes them in order
 
-A batch is a pure function of its step, so making it early changes nothing. Drawing noise and
-copying pixels leave the interpreter to others; on a machine with a GPU the thread also pins the
-memory, so that the copy to the device needs no wait.
+A batch is a pure function of its step, so making it early, or beside others, changes nothing.
+Drawing noise and copying pixels leave the interpreter to others. Where a GPU computes, several
+threads keep up with it (`threads_for`), and pin the memory, so that the copy to the device needs no
+wait. On a CPU there is one: more would take cores from the network.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from stratagem.batches import Batch
+from stratagem.data.workers import cores
+from stratagem.distributed import World
 
-__all__ = ["Prefetch", "to_device"]
+__all__ = ["Prefetch", "threads_for", "to_device"]
+
+_MOST = 4  # threads: each holds a batch, and they share the interpreter with the loop
+
+
+def threads_for(world: World) -> int:
+    """Returns how many threads make batches: one on a CPU, else what the process has of the cores.
+
+    Processes that compute on GPUs of one machine have equal shares, and the loop keeps a core.
+    """
+    if world.device.type == "cpu":
+        return 1
+    here = max(1, min(world.size, torch.cuda.device_count()))
+    return max(1, min(_MOST, cores() // here - 1))
 
 
 class Prefetch:
-    """Makes the batches of consecutive steps, in order, in a thread of its own.
+    """Makes the batches of consecutive steps, in threads of its own, and gives them in order.
 
     Args:
-        make: The batch of a step.
+        make: The batch of a step; called by several threads at once if there are.
         start: The first step.
         stop: The step before which to end.
-        depth: How many batches may wait.
-        pin: Whether their memory is pinned.
+        depth: How many batches may wait, besides the one that each thread makes.
+        threads: How many make them.
+        device: Where they will go; for a GPU their memory is pinned.
     """
 
     def __init__(
@@ -41,16 +59,17 @@ class Prefetch:
         stop: int,
         *,
         depth: int = 2,
-        pin: bool = False,
+        threads: int = 1,
+        device: torch.device | None = None,
     ) -> None:
-        self._make, self._steps, self._pin = make, range(start, stop), pin
-        self._made: queue.Queue[Batch | BaseException] = queue.Queue(depth)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
+        self._make, self._steps, self._device = make, iter(range(start, stop)), device
+        self._ahead = depth + threads
+        self._made = deque[Future[Batch]]()
+        self._threads = ThreadPoolExecutor(threads, "batches", self._prepare)
 
     def __enter__(self) -> Prefetch:
-        """Starts the thread."""
-        self._thread.start()
+        """Starts the threads."""
+        self._ask(self._ahead)
         return self
 
     def __exit__(
@@ -59,31 +78,34 @@ class Prefetch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Ends the thread; what it made is dropped."""
-        self._closed.set()
-        while self._thread.is_alive():  # it may wait for room
-            try:
-                self._made.get(timeout=0.01)
-            except queue.Empty:
-                continue
+        """Ends the threads; what they made is dropped."""
+        self._threads.shutdown(cancel_futures=True)
 
     def take(self) -> Batch:
         """Returns the batch of the next step, or raises what making it raised."""
-        made = self._made.get()
-        if isinstance(made, BaseException):
-            raise made
-        return made
+        batch = self._made.popleft().result()
+        self._ask(1)
+        return batch
 
-    def _run(self) -> None:
-        for step in self._steps:
-            try:
-                batch = self._make(step)
-                made: Batch | BaseException = _mapped(batch, Tensor.pin_memory, self._pin)
-            except BaseException as error:
-                made = error
-            self._made.put(made)
-            if self._closed.is_set() or isinstance(made, BaseException):
-                return
+    def _ask(self, num: int) -> None:
+        for step in islice(self._steps, num):
+            self._made.append(self._threads.submit(self._run, step))
+
+    def _prepare(self) -> None:
+        """Gives a new thread the device of the process: by itself it would have the first GPU."""
+        if self._pins:
+            torch.cuda.set_device(self._device)
+
+    @property
+    def _pins(self) -> bool:
+        return self._device is not None and self._device.type == "cuda"
+
+    def _run(self, step: int) -> Batch:
+        return _mapped(self._make(step), _pinned, self._pins)
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_cuda else tensor.pin_memory()
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -139,6 +139,7 @@ class StageDraw:
         unbiased: Whether weights make the expected loss that of the density.
         warm_steps: For so many steps one decoder serves all stages.
         warm_decoder: Which.
+        tie: How tightly the decoders' gradients are tied from then on, see `nets.warm_start`.
         masses: Mass of each stage under the density.
         history: The losses, for the policy "loss".
 
@@ -153,6 +154,7 @@ class StageDraw:
     unbiased: bool = False
     warm_steps: int = 0
     warm_decoder: int = 0
+    tie: float = 0.0
     masses: tuple[float, ...] = field(init=False)
     history: LossHistory | None = field(init=False)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,15 +47,27 @@ class StopFlag:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopFlag]:
-    """Yields a flag that the first SIGINT, SIGTERM or SIGUSR1 sets; the second one acts at once."""
-    flag = StopFlag()
+def stop_on_signals(*, echo: float = 0.0) -> Iterator[StopFlag]:
+    """Yields a flag that the first SIGINT, SIGTERM or SIGUSR1 sets; the second one acts at once.
+
+    Args:
+        echo: Seconds within which a signal is the first one once more: under Slurm each process
+            gets a job's signal from Slurm, and a moment later from torchrun, which has got it, too.
+    """
+    flag, begun = StopFlag(), 0.0
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        flag.number = number
+        nonlocal begun
+        again, now = bool(flag.number), time.monotonic()
+        if not again:
+            flag.number, begun = number, now
+        if echo and now - begun <= echo:
+            return
         for n, handler in before.items():
             signal.signal(n, handler)
+        if again:
+            signal.raise_signal(number)
 
     before = {number: signal.signal(number, note) for number in numbers}
     try:

@@ -33,10 +33,10 @@ from stratagem.distributed import World, fill, full, like, wrap
 from stratagem.ema import Ema
 from stratagem.errors import DamagedArtifact, NonFinite
 from stratagem.nets.multi_decoder import MultiDecoder
-from stratagem.nets.warm_start import origins
+from stratagem.nets.warm_start import origins, tie_gradients, ties
 from stratagem.objective import Losses, Objective
 from stratagem.optimizers import blocks_of, make_optimizers
-from stratagem.prefetch import Prefetch, to_device
+from stratagem.prefetch import Prefetch, threads_for, to_device
 from stratagem.stage_draw import StageDraw, stage_sums
 from stratagem.stopping import Finite, Interrupted, StopFlag
 from stratagem.train_config import TrainConfig, learning_rate
@@ -99,6 +99,9 @@ class TrainState:
         }
         limit = cfg.nonfinite_limit if cfg.nonfinite == "skip" else 1
         self.finite = Finite(limit, world.device)
+        self.tied: list[list[nn.Parameter]] = []  # decoders' weights that a warm start makes equal
+        if stages is not None and stages.tie and isinstance(backbone, MultiDecoder):
+            self.tied = ties(backbone, stages.warm_decoder)
         self.step = 0
         self.sums: dict[str, Tensor] = {}  # of the metrics since the last line of the log
 
@@ -198,6 +201,8 @@ def train_step(state: TrainState, batch: Batch, cfg: TrainConfig) -> dict[str, T
     metrics = {**metrics, "grad_norm": norm}
     skip = state.finite.judge(state.step, batch.ids, metrics.pop("total"), norm)
     rate = learning_rate(state.step, cfg)
+    if state.stages is not None and state.tied and state.step >= state.stages.warm_steps:
+        tie_gradients(state.tied, state.stages.tie)
     for optimizer in state.optimizers:
         _update(optimizer, rate, skip, on_device=state.finite.lag > 0)
         optimizer.zero_grad(set_to_none=True)  # a decoder unused next time then stands still
@@ -343,12 +348,9 @@ def fit(
         Interrupted: After a stop, with a checkpoint written.
         NonFinite: From `train_step`.
     """
-    device = state.world.device
-    pin = device.type == "cuda"
-    with (
-        torch.random.fork_rng([device] if pin else []),
-        Prefetch(batches, state.step, cfg.steps, pin=pin) as made,
-    ):
+    world, device = state.world, state.world.device
+    early = Prefetch(batches, state.step, cfg.steps, threads=threads_for(world), device=device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), early as made:
         while state.step < cfg.steps:
             metrics = train_step(state, to_device(made.take(), device), cfg)
             for name, value in metrics.items():
@@ -357,7 +359,7 @@ def fit(
             for hook in hooks:
                 if last or state.step % hook.every == 0:
                     hook.call(state)
-            stopped = state.world.largest(stop.number)
+            stopped = world.largest(stop.number)
             if last or stopped or state.step % cfg.checkpoint_every == 0:
                 state.finite.settle()
                 state.require_finite()

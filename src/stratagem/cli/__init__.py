@@ -13,6 +13,7 @@ import contextlib
 import difflib
 import functools
 import importlib
+import inspect
 import io
 import logging
 import os
@@ -40,6 +41,7 @@ VERBS = {
     "bank nearest": ("bank", "nearest", "the rows nearest to images"),
     "stages": ("stages", "stages", "a data set -> stages of the noise axis"),
     "train": ("train", "train", "a configuration -> a run; again: goes on"),
+    "keys": ("keys", "keys", "every key of a configuration, its default and meaning"),
     "watch": ("watch", "watch", "runs in training -> a live chart"),
     "sample": ("sample", "sample", "a run -> images"),
     "evaluate": ("evaluate", "evaluate", "a run or samples -> quality and memorisation"),
@@ -50,6 +52,12 @@ VERBS = {
     "bench sample": ("bench", "sample", "how fast a configuration samples here"),
     "doctor": ("doctor", "doctor", "what is installed, what clashes, and the fix"),
 }
+
+_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory")
+_LESS_MEMORY = (
+    "out of memory: for training raise train.accumulate, set train.activation_checkpointing=true "
+    "or train.precision=bf16, else give a smaller --batch-size"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,6 +90,10 @@ def _run(verb: str, words: list[str]) -> int:
         return 0
     except OSError as error:
         return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
+        return _fail(f"{_LESS_MEMORY} ({str(error)[:150] or 'MemoryError'})", 2)
     return 0
 
 
@@ -93,6 +105,7 @@ def _parse(verb: str, words: list[str]) -> Callable[[], None]:
 
     module, name, _ = VERBS[verb]
     function = getattr(importlib.import_module(f"stratagem.cli.{module}"), name)
+    function.__doc__ = _help(function)
 
     @functools.wraps(function)
     def later(*args: Any, **keywords: Any) -> Callable[[], None]:
@@ -101,13 +114,26 @@ def _parse(verb: str, words: list[str]) -> Callable[[], None]:
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            return tyro.cli(later, prog=f"stratagem {verb}", args=words)
+            return tyro.cli(
+                later,
+                prog=f"stratagem {verb}",
+                args=words,
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
+            )
     except SystemExit as stop:
         if not stop.code:
             raise
-        text = re.sub(r"[\u2500-\u257f]", " ", messages.getvalue())  # the frame around it
-        reason = " ".join(text.partition("For full helptext")[0].split())
+        text = re.sub(r"[\u2500-\u257f]|-{3,}", " ", messages.getvalue())  # the frame around it
+        reason = " ".join(text.partition("For full helptext")[0].split()).rstrip(".")
+        reason = reason.removeprefix("Invalid choice ")  # a title that says what follows
         raise InputError(f"{reason}; see  stratagem {verb} --help") from None
+
+
+def _help(function: Callable[..., None]) -> str:
+    """Returns a verb's docstring as tyro shows it well: examples apart, each flag in one line."""
+    head, args, flags = (inspect.getdoc(function) or "").partition("\n\nArgs:\n")
+    head = re.sub(r"\n+(?=[\w ]+: (stratagem|torchrun) )", "\n\n", head)
+    return head + args + re.sub(r"\n {5,}", " ", flags)
 
 
 def _usage() -> str:

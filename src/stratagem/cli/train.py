@@ -15,6 +15,7 @@ from stratagem.config import load
 from stratagem.distributed import rank
 from stratagem.errors import InputError
 from stratagem.programs import silent
+from stratagem.programs.blank import Blank
 from stratagem.programs.plan import plan, tailored
 from stratagem.programs.train import train as train_run
 
@@ -27,6 +28,7 @@ def train(
     out: Path,
     set: Annotated[UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = (),  # noqa: A002
     dry_run: bool = False,
+    shape: tuple[int, int, int] | None = None,
     json: bool = False,
 ) -> None:
     """Trains a run; the same command again goes on where it stopped.
@@ -35,18 +37,20 @@ def train(
     On 4 GPUs: torchrun --nproc-per-node 4 -m stratagem train digits.yaml --out runs/digits
 
     Args:
-        config: The YAML file; `stratagem.config` lists its keys.
+        config: The YAML file; `stratagem keys` lists its keys.
         out: The run's folder.
         set: Overrides of the file, section.key=value.
         dry_run: Print the resolved configuration, the choice of decoders, parameters, MACs, memory
             and disk, and stop; nothing is written.
+        shape: With --dry-run, of data that are not there: channels, height and width of an image,
+            or of a latent; snippets and targets then have 768 numbers, labels 1,000 classes.
         json: With --dry-run, print JSON.
     """
     resolved = load(config, set)
-    if json and not dry_run:
-        raise InputError("--json has no effect without --dry-run")
+    if (json or shape is not None) and not dry_run:
+        raise InputError("--json and --shape have no effect without --dry-run")
     if dry_run:
-        found = plan(resolved)
+        found = plan(resolved, None if shape is None else Blank(shape))
         say(json_module.dumps(found.record(), indent=1) if json else "\n".join(found.lines()))
         return
     speaks = rank() == 0  # of several processes one

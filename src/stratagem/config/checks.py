@@ -30,7 +30,7 @@ _NOT_NEGATIVE = (
 )
 _RATES = (
     *("train.ema_decay", "train.beta1", "train.beta2", "train.condition_dropout"),
-    "memory.dropout",
+    *("memory.dropout", "stages.tie"),
 )
 
 
@@ -143,6 +143,8 @@ def _check_draw(stages: StagesConfig, steps: int) -> None:
         raise InputError("stages.unbiased has no effect with stages.policy density")
     if stages.warm_steps and stages.form == "unified":
         raise InputError("stages.warm_steps has no effect with stages.form unified: one decoder")
+    if not stages.warm_steps and stages.tie != type(stages).tie:
+        raise InputError("stages.tie has no effect without stages.warm_steps")
     if stages.warm_steps >= steps:
         raise InputError(
             f"stages.warm_steps is {stages.warm_steps}: the decoders part after it, so it must be "

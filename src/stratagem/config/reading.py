@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
+from stratagem.config.keys import keys
 from stratagem.config.sections import RunConfig
 from stratagem.errors import InputError
 
@@ -85,7 +86,10 @@ def _override(body: dict[str, Any], text: str) -> None:
         body = body.setdefault(section, {})
         if not isinstance(body, dict):
             raise InputError(f"--set {text!r}: {section} is not a section")
-    body[last] = yaml.safe_load(value)
+    try:
+        body[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(f"--set {text!r}: the value is not valid YAML") from None
 
 
 def _dataclass(cls: type[Any], body: Any, path: str) -> Any:
@@ -105,6 +109,9 @@ def _dataclass(cls: type[Any], body: Any, path: str) -> Any:
 
 
 def _nearest(key: str, known: Sequence[str], path: str) -> str:
+    elsewhere = [k.name for k in keys() if k.name.endswith(f".{key}")]
+    if elsewhere:
+        return f"; did you mean {' or '.join(elsewhere)}?"
     match = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"; did you mean {path}{match[0]}?" if match else f"; known are {', '.join(known)}"
 

@@ -180,6 +180,8 @@ class StagesConfig:
         batch: "mixed": every batch holds all stages; "single": each step has one.
         warm_steps: For so many steps the largest decoder serves all stages; then it is copied
             into the others, see `nets.warm_start`.
+        tie: Share of the other decoders' gradients that a copied weight adds to its own after the
+            warm start: 0 parts the decoders at once, near 1 they hardly part.
     """
 
     file: str | None = None
@@ -196,6 +198,7 @@ class StagesConfig:
     unbiased: bool = False
     batch: Literal["mixed", "single"] = "mixed"
     warm_steps: int = 0
+    tie: float = 0.8
 
 
 @dataclass(frozen=True)

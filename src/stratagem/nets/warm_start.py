@@ -12,11 +12,20 @@ preserved. Where channels are left out, columns grow by sqrt(n / n'), which keep
 of uncorrelated numbers. Group norms over joined inputs follow only roughly.
 
 What is said of weights holds for their average; an optimizer's moments go with plain copies.
+
+Parted at once, each decoder would learn from its own stage's rows alone, some 1/K of them. Tied,
+the copies W_k of one tensor go on learning from all rows: with G_k the gradient of W_k,
+
+    G_k  <-  (1 - tie) G_k + tie sum_j G_j
+
+This is a preconditioner and no penalty: what the decoders have in common moves 1 + (K - 1) tie
+times as fast, their differences 1 - tie times, and for tie < 1 the mixed gradients vanish only
+where each decoder's own does. With tie 1 the copies stay equal, with 0 they part at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,7 +35,7 @@ from stratagem.nets.layers import Attention
 from stratagem.nets.multi_decoder import MultiDecoder
 from stratagem.nets.unet_blocks import UNetBlock
 
-__all__ = ["Origin", "origins", "part_decoders"]
+__all__ = ["Origin", "origins", "part_decoders", "tie_gradients", "ties"]
 
 
 class Origin(NamedTuple):
@@ -64,6 +73,34 @@ def part_decoders(net: MultiDecoder) -> None:
     weights: dict[str, Tensor] = dict(net.named_parameters())
     for name, origin in origins(net, net.largest).items():
         weights[name].copy_(origin.make(weights))
+
+
+def ties(net: MultiDecoder, source: int) -> list[list[nn.Parameter]]:
+    """Returns the parameters that begin as copies of one tensor of `source`, that one first."""
+    parameters = dict(net.named_parameters())
+    found: dict[str, list[nn.Parameter]] = {}
+    for name, origin in origins(net, source).items():
+        if origin.copied is not None:
+            tied = found.setdefault(origin.copied, [parameters[origin.copied]])
+            tied.append(parameters[name])
+    return list(found.values())
+
+
+@torch.no_grad()
+def tie_gradients(tied: Iterable[Sequence[nn.Parameter]], tie: float) -> None:
+    """Mixes gradients among tied parameters, in place; one without a gradient has had no rows.
+
+    Args:
+        tied: Parameters of equal shape, as `ties` finds them.
+        tie: Share of the others' gradients, in [0, 1].
+    """
+    for parameters in tied:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if not grads:
+            continue
+        common = sum(grads[1:], grads[0]) * tie
+        for p in parameters:
+            p.grad = common.clone() if p.grad is None else p.grad.mul_(1 - tie).add_(common)
 
 
 def _origin(

@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,7 +24,8 @@ from stratagem import checkpoint
 from stratagem.artifact import read_record, write_bytes, write_record
 from stratagem.assemble import Parts, assemble
 from stratagem.config import RunConfig, dump, load
-from stratagem.distributed import World, connect
+from stratagem.data.workers import cores
+from stratagem.distributed import World, connect, launched
 from stratagem.errors import InputError
 from stratagem.programs import Progress, silent
 from stratagem.programs.plan import tailored
@@ -38,6 +38,9 @@ from stratagem.train_config import TrainConfig
 __all__ = ["fastest_threads", "train"]
 
 log = logging.getLogger(__name__)
+
+_ENOUGH = 5.0  # seconds of measuring one number of threads
+_ECHO = 2.0  # seconds in which a launcher may pass on a signal that has come already
 
 # What may differ between a run and its continuation without making it another run.
 _FREE = {
@@ -70,7 +73,7 @@ def train(config: RunConfig, out: Path, *, progress: Progress = silent) -> Train
             if world.rank == 0:
                 held.enter_context(checkpoint.lock(out))
                 _claim(out, config, parts)
-        stop = held.enter_context(stop_on_signals())
+        stop = held.enter_context(stop_on_signals(echo=_ECHO if launched() else 0.0))
         cfg = config.train
         stages, seed, pictures = parts.batches.stages, config.seed, None
         with world.together():
@@ -140,7 +143,7 @@ def _hooks(
     if pictures is not None:
         hooks.append(Hook(cfg.samples_every, pictures))
     if state.world.rank == 0:
-        progress(state.step, cfg.steps)
+        progress(state.step, max(state.step, cfg.steps))
         line = held.enter_context(open_log(out, config, state.step))
         hooks += [Hook(1, lambda s: progress(s.step, cfg.steps)), Hook(cfg.log_every, line)]
     return hooks
@@ -233,7 +236,7 @@ def fastest_threads(state: TrainState, batch: Batch, cfg: TrainConfig, *, rounds
 
     Spinning threads make two of them many times slower than one where the cores are busy.
     """
-    most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = cores()
     seconds: dict[int, float] = {}
     cfg = dataclasses.replace(cfg, activation_checkpointing=False)  # a copy of blocks keeps it
     for threads in sorted({1, max(1, most // 2), most}):
@@ -241,8 +244,9 @@ def fastest_threads(state: TrainState, batch: Batch, cfg: TrainConfig, *, rounds
         trial = TrainState(copy.deepcopy(state.objective), cfg)
         with torch.random.fork_rng([]):
             train_step(trial, batch, cfg)  # the first step also allocates
-            start = time.perf_counter()
-            for _ in range(rounds):
+            start, done, spent = time.perf_counter(), 0, 0.0
+            while done < rounds and spent < _ENOUGH:
                 train_step(trial, batch, cfg)
-        seconds[threads] = time.perf_counter() - start
+                done, spent = done + 1, time.perf_counter() - start
+        seconds[threads] = spent / done
     return min(seconds, key=lambda n: seconds[n])
