@@ -25,10 +25,10 @@ from torch import Tensor
 from stratagem.cli import main as stratagem
 from stratagem.config import MemoryConfig, ModelConfig, RunConfig, dump
 from stratagem.data.datasets import digits
-from stratagem.metrics.features import PixelComponents, statistics_of
-from stratagem.metrics.frechet import frechet_distance
+from stratagem.metrics.features import PixelComponents
+from stratagem.metrics.frechet import frechet_distance, moments
 from stratagem.metrics.memorisation import nearest
-from stratagem.programs.sample import load_images
+from stratagem.programs.sources import open_source
 from stratagem.report.page import Section, image_grid, page, save_page
 from stratagem.train import TrainConfig
 
@@ -69,7 +69,7 @@ def sample(out: Path, bank: Path, name: str, seed: int, *more: str) -> Tensor:
     if not target.exists():
         how = ["--num", "500", "--steps", "10", "--sampler", "dpm++2m", "--seed", str(seed)]
         run("sample", out / "run", "--bank", bank, "--out", target, *how, *more)
-    return load_images(target, 1)
+    return open_source(target, 1).all()
 
 
 def main() -> None:
@@ -115,8 +115,8 @@ def report(out: Path, images: Tensor, labels: Tensor, samples: dict[str, Tensor]
     found = {name: shares(s, images, labels) for name, s in samples.items()}
     real = images[labels == NEW]
     net = PixelComponents.fit(real, 16)
-    target = statistics_of([real], net)
-    near = {n: frechet_distance(statistics_of([s], net), target) for n, s in samples.items()}
+    target = moments(net(real))
+    near = {n: frechet_distance(moments(net(s)), target) for n, s in samples.items()}
     lines = [
         f"real nines taken for nines by the judge: {real_shares(images, labels):.3f}",
         f"nines among samples of the first bank: {found['before'][NEW]:.3f}, "

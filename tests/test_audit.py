@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,12 @@ def test_a_model_that_does_not_copy_is_cleared(data: DataSet, tmp_path: Path) ->
     factor = vectors * values.clamp(min=0).sqrt()
     drawn = rows.mean(0) + normal((300, len(factor)), 3, "test").double() @ factor.T
     images = drawn.clamp(0, 255).round().byte().view(-1, 3, 16, 16)
-    assert audit(images, data, tmp_path).verdict.kind == "clear"
+    found = audit(images, data, tmp_path)
+    assert found.verdict.kind == "clear"
+    below = [float(v) for v in re.findall(r"<span>([\d.]+)</span>", audit_page(found))]
+    assert len(below) == 20
+    assert below == sorted(below)  # what the pairs are ordered by
+    assert below[0] == pytest.approx(float(found.spaces["pixels"].relative.min()), abs=1e-3)
 
 
 def test_plain_images_are_near_but_no_copies(data: DataSet, tmp_path: Path) -> None:

@@ -72,6 +72,15 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"compare": folder / "compare.html", "audit": folder / "audit.html"}
 
 
+def test_numbers_of_a_matrix_are_legible_on_a_telephone(
+    pages: dict[str, Path], browser: Browser
+) -> None:
+    for width in WIDTHS:
+        browser.open(pages["compare"], width)
+        height = "document.querySelector('.matrix text').getBoundingClientRect().height"
+        assert browser.ask(height) > 10.5
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", ["compare", "audit"])
 def test_pages_are_whole(name: str, width: int, pages: dict[str, Path], browser: Browser) -> None:

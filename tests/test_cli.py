@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from stratagem.cli import VERBS, main
+from stratagem.cli.console import _rate, _time
 from stratagem.data.shards import DataSet
 
 CONFIG = """
@@ -233,6 +234,13 @@ WRONG = {
     "train absent.yaml --out x": "does not exist",
     "train typo.yaml --out x": "did you mean train.steps",
     "train run.yaml --out x --set train.stps=3": "did you mean train.steps",
+    "train run.yaml --out x --set steps=3": "did you mean train.steps",
+    "train run.yaml --out x --set seed=[1": "--set 'seed=[1'",
+    "train run.yaml --out x --set data=absent": "stratagem prepare IMAGES",
+    "train run.yaml --out x --set memory.bank=absent": "stratagem bank build data --out absent",
+    "train run.yaml --out x --set stages.file=absent": "make it with stratagem stages",
+    "stages empty --out x": "stratagem prepare IMAGES",
+    "stages data --out x --device gpu": "stratagem: invalid choice 'gpu'",
     "train run.yaml --out x --set data=other": "bank was made from data set",
     "train run.yaml --out x --set model.depth=7": "make model.depth 3",
     "train run.yaml --out runs/plain": "holds another run",
@@ -339,6 +347,66 @@ def test_every_verb_has_help_with_an_example(capsys: pytest.CaptureFixture[str])
     assert main(["--version"]) == 0
 
 
+def test_help_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    """Examples stand apart, a flag's text runs on, and there is no None to type."""
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    out = capsys.readouterr().out
+    first, second = (line for line in out.splitlines() if line.startswith(("Example:", "On 4")))
+    assert first.endswith("train.steps=2000")
+    assert second.startswith("On 4 GPUs: torchrun")
+    told = " ".join(out.replace("│", " ").split())
+    assert "parameters, MACs, memory and disk, and stop" in told
+    assert "--no-json" not in out
+    assert "{None}" not in out
+
+
+def test_keys_are_listed_with_what_they_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run("keys", capsys)
+    assert code == 0
+    assert 'train.schedule = "constant"  (constant, cosine)\n    "constant", or "cosine"' in out
+    assert "\nstages:\n" in out
+    assert max(map(len, out.splitlines())) <= 100
+    code, out, _ = run("keys stages.policy --json", capsys)
+    (found,) = json.loads(out)
+    assert found["default"] == "density"
+    assert run("keys stagse", capsys)[0] == 2
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")]
+)
+def test_too_little_memory_is_one_line_that_says_what_helps(
+    error: Exception,
+    inside: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("stratagem.cli.train.train_run", fail)
+    code, _, err = run("train plain.yaml --out more", capsys)
+    assert code == 2
+    assert "train.accumulate" in err
+    assert err.count("\n") == 1
+    error = RuntimeError("shapes")
+    with pytest.raises(RuntimeError):
+        run("train plain.yaml --out more", capsys)
+
+
+def test_a_plan_needs_no_data_if_it_is_told_their_shape(
+    inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "train plain.yaml --out more --set data=absent --shape 1 8 8"
+    code, out, _ = run(f"{line} --set stages=null --dry-run", capsys)
+    assert code == 0
+    assert "parameters in all" in out
+    code, _, err = run(line, capsys)
+    assert code == 2
+    assert "--dry-run" in err
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_a_run_that_goes_on(
     inside: Path, number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]
@@ -363,3 +431,8 @@ def test_a_signal_leaves_a_run_that_goes_on(
     finish = f"train plain.yaml --out {out} --set train.steps={steps + 2} --set train.log_every=1"
     assert run(finish, capsys)[0] == 0
     assert log.read_text().count("\n") == steps + 2
+
+
+def test_slow_work_shows_a_rate_and_times_that_can_be_read() -> None:
+    assert [_rate(rate) for rate in (0.0312, 0.71, 9.7, 1234.0)] == ["0.031", "0.71", "10", "1,234"]
+    assert [_time(seconds) for seconds in (7.0, 2820.0, 9000.0)] == ["7 s", "47 min", "2.5 h"]

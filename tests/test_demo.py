@@ -185,6 +185,21 @@ def test_figures_of_two_protocols_do_not_stand_side_by_side() -> None:
         result_sections([PLAIN, replace(other, evaluations=[changed])])
 
 
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [
+        ("fd_pixels32", "of the first 32 principal components of the pixels"),
+        ("fd_effnet64", "EfficientNet-Lite0's features, of which the first 64"),
+        ("fid", "of Inception-v3's features"),
+        ("fd_dinov2-l", "of the features dinov2-l"),
+    ],
+)
+def test_the_page_says_what_a_distance_is_of(metric: str, words: str) -> None:
+    evaluations = [replace(e, distances={metric: 0.5}) for e in PLAIN.evaluations]
+    section, *_ = result_sections([replace(PLAIN, evaluations=evaluations)])
+    assert words in section.text
+
+
 def test_network_calls_are_counted_by_the_solver_itself() -> None:
     assert call_times(SampleConfig(sampler="euler", steps=4), Linear()) == [1.0, 0.75, 0.5, 0.25]
     heun = call_times(SampleConfig(sampler="heun", steps=2), Linear())

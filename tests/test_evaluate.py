@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from stratagem import artifact
 from stratagem.assemble import open_run
@@ -26,7 +30,15 @@ from stratagem.metrics.frechet import Statistics
 from stratagem.metrics.inception import Inception
 from stratagem.nets.inception import InceptionNet, Outputs
 from stratagem.programs import measures as measures_module
-from stratagem.programs.evaluate import Evaluation, evaluate_images, evaluate_run, load_all, spread
+from stratagem.programs import sources as sources_module
+from stratagem.programs.evaluate import (
+    Evaluation,
+    evaluate_images,
+    evaluate_run,
+    load_all,
+    load_preview,
+    spread,
+)
 from stratagem.programs.measures import Measures
 from stratagem.programs.reference import Reference
 from stratagem.programs.sample import SampleConfig
@@ -68,6 +80,21 @@ class _Cheap(InceptionNet):
     def forward(self, h: Tensor) -> Outputs:
         small = h[:, :, ::75, ::75].flatten(1)
         return Outputs(small, small[:, :9], (5 * small[:, :5]).softmax(1))
+
+
+class _Thin:
+    """Stands for EfficientNet: pixels and their squares; counts what it is shown."""
+
+    name, dim = "effnet", 128
+    seen = 0
+
+    def description(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+    def __call__(self, images: Tensor) -> Tensor:
+        _Thin.seen += len(images)
+        x = images.flatten(1).float() / 255
+        return torch.cat([x, x.square()], 1)
 
 
 @pytest.fixture
@@ -406,6 +433,92 @@ def test_what_compare_cannot_show_is_not_kept(place: Path, tmp_path: Path) -> No
         assert list((tmp_path / "run").rglob("evaluations/*")) == before
     finally:
         (tmp_path / "run").rename(place / "run")
+
+
+def _process(rank: int, port: int, place: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources_module, "_BATCH", 16)  # so that both have some
+        patch.setattr(measures_module, "build_encoder", lambda *_, **__: _Thin())
+        assert _evaluate(place, f"{EVERYTHING} --json {out / f'{rank}.json'}") == 0
+    torch.save({"encoded": _Thin.seen}, out / str(rank))
+
+
+EVERYTHING = (
+    "@run @samples --reference @data --features pixels effnet --metrics fd kid prdc --bootstrap 9 "
+    "--num 75 --steps 2 --batch-size 16"
+)
+
+
+@pytest.mark.slow
+def test_processes_share_the_evaluation_of_a_run(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources_module, "_BATCH", 16)
+    monkeypatch.setattr(measures_module, "build_encoder", lambda *_, **__: _Thin())
+    shutil.rmtree(place / "data.statistics", ignore_errors=True)
+    _Thin.seen = 0
+    assert _evaluate(place, f"{EVERYTHING} --json {tmp_path / 'one.json'}") == 0
+    alone = _Thin.seen
+    kept = place / "run" / "evaluations"
+    preview = load_preview(place / "run", 2)
+    shutil.rmtree(kept)
+    shutil.rmtree(place / "data.statistics")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    spawn(_process, (port, place, tmp_path), nprocs=2)
+    assert not (tmp_path / "1.json").exists()  # process 0 writes
+    ours, theirs = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("0", "one"))
+    for mine, other in zip(ours["targets"], theirs["targets"], strict=True):
+        real = [one["protocol"].pop("held_out_real") for one in (mine, other)]
+        assert real[0] == pytest.approx(real[1], rel=1e-7)  # fewer images than dimensions
+        assert mine["protocol"] == other["protocol"]
+        assert mine["memorisation"] == other["memorisation"]
+        for part in ("distances", "figures", "intervals"):
+            for name, value in other[part].items():
+                assert mine[part][name] == pytest.approx(value, rel=1e-9, abs=1e-9), name
+    for name, tensor in load_preview(place / "run", 2).items():
+        assert torch.equal(tensor, preview[name]), name
+    assert [file.name for file in kept.iterdir()] == ["step-00000002"]
+    counts = [torch.load(tmp_path / str(rank))["encoded"] for rank in (0, 1)]
+    assert sum(counts) == alone  # no image is encoded twice
+    assert min(counts) > 0
+
+
+def test_a_stopped_evaluation_goes_on_with_its_samples(place: Path) -> None:
+    model, cfg = open_run(place / "run"), SampleConfig(num=48, steps=2, batch_size=16, seed=3)
+    reference, kept = Reference(place / "data", ["pixels"]), place / "run" / "evaluations"
+
+    def stop(done: int, total: int) -> None:
+        if done > 16:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_run(model, reference, cfg, progress=stop)
+    assert len(list(kept.glob("samples-*.part/0*"))) == 2
+    made = list[int]()
+    found = evaluate_run(model, reference, cfg, progress=lambda done, _: made.append(done))
+    assert made == [48]
+    assert not list(kept.glob("samples-*"))
+    assert found == evaluate_run(model, reference, cfg)
+
+
+def test_components_of_an_encoder_are_fitted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measures_module, "build_encoder", lambda *_, **__: _Thin())
+    real, cache = held(_images(90, 0, 1, 8)), tmp_path / "cache"
+    first = Reference(real, ["effnet"], cache=cache)
+    assert first.nets[0].name == "effnet64"
+    _Thin.seen = 0
+    again = Reference(real, ["effnet"], cache=cache)
+    assert _Thin.seen == 0
+    assert again.description() == first.description()
+    Reference(held(_images(90, 1, 1, 8)), ["effnet"], cache=cache)
+    assert _Thin.seen > 0
 
 
 WRONG = {

@@ -166,17 +166,6 @@ def kernel_of(queries: Tensor, rows: Tensor, temperature: float) -> Tensor:
     return (torch.cosine_similarity(queries[:, None], rows[None], dim=2) - 1) / temperature
 
 
-def test_noise_estimate_with_a_snippet_rebuilds_the_input() -> None:
-    rows, t = noise((9, 3), 19), torch.tensor([0.1, 0.6, 0.9]).double()
-    denoiser = OptimalDenoiser(cloud(9, (5,)), Linear(), memory=rows, temperature=0.2)
-    x_t = noise((3, 5), 20)
-    eps, mean = (f(x_t, t, rows[:3]) for f in (denoiser.optimal_eps, denoiser.posterior_mean))
-    assert_near((1 - t)[:, None] * mean + t[:, None] * eps, x_t, FLOAT64)
-    assert (
-        mean - OptimalDenoiser(cloud(9, (5,)), Linear()).posterior_mean(x_t, t)
-    ).abs().max() > 0.1
-
-
 @pytest.mark.parametrize("num", [1, 4000])
 def test_dropout_temperature_is_the_noise_that_dropout_makes(num: int) -> None:
     """Of rows near each other, spoilt as in training, and for rows alike in all directions."""
@@ -312,17 +301,6 @@ def test_tweedie() -> None:
     (score,) = torch.autograd.grad(exponents.logsumexp(0).sum(), x_t)
     mean = OptimalDenoiser(data, schedule).posterior_mean(x_t.detach(), t)
     assert_near(mean, ((x_t + sigma**2 * score) / alpha).detach(), FLOAT64)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_mean_and_noise_rebuild_the_input(shape: tuple[int, ...]) -> None:
-    denoiser, t = OptimalDenoiser(cloud(9, shape), VP()), torch.tensor([0.1, 0.6, 1.0]).double()
-    x_t = noise((3, *shape), 13)
-    like = (3, *[1] * len(shape))
-    alpha, sigma = VP().alpha(t).reshape(like), VP().sigma(t).reshape(like)
-    eps = denoiser.optimal_eps(x_t, t)
-    assert_near(alpha * denoiser.posterior_mean(x_t, t) + sigma * eps, x_t, FLOAT64)
-    assert_near(denoiser.optimal_eps(x_t, t[0])[:1], eps[:1], FLOAT64)
 
 
 @pytest.mark.parametrize(

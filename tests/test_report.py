@@ -376,8 +376,8 @@ def test_numbers_are_written_for_people() -> None:
 def test_a_table_aligns_and_sets_off_the_best() -> None:
     rows = [["a", 3.42, 12, 0.5], ["b", 17.9, None, NAN], ["c", 11.0, 1234567, 0.25]]
     reader = Reader(table(["run", "FD", "n", "rate"], rows, best={1: "min", 2: "max", 3: "max"}))
-    assert reader.text("strong") == ["3.42", "0.500", "1,234,567"]
-    assert reader.text("td") == ["12", "17.90", "11.00", "0.250"]
+    assert reader.text("strong") == ["3.42", "0.50", "1,234,567"]
+    assert reader.text("td") == ["12", "17.90", "11.00", "0.25"]
     assert reader.text("span") == ["\N{EN DASH}", "not finite"]
     assert reader.text("th") == ["run", "FD", "n", "rate", "a", "b", "c"]
     assert sum(attrs.get("class") == "number" for attrs in reader.all("td")) == 9
@@ -386,6 +386,11 @@ def test_a_table_aligns_and_sets_off_the_best() -> None:
 def test_small_and_large_numbers_of_one_column_are_both_legible() -> None:
     reader = Reader(table(["n", "v"], [["a", 0.00001], ["b", 123456.7], ["c", -2.0]]))
     assert reader.text("td") == ["1e-05", "123,457", "\N{MINUS SIGN}2"]
+
+
+def test_noughts_that_a_whole_column_ends_in_are_left_out() -> None:
+    reader = Reader(table(["n", "%", "d"], [["a", 0.1, 2.125], ["b", 1.2, 3.0], ["c", 0.0, 4.5]]))
+    assert reader.text("td") == ["0.1", "2.12", "1.2", "3.00", "0.0", "4.50"]
 
 
 def test_ragged_rows_are_refused() -> None:

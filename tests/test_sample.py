@@ -23,13 +23,8 @@ from stratagem.cli import main
 from stratagem.config import RunConfig
 from stratagem.denoiser import Denoiser
 from stratagem.errors import DamagedArtifact, InputError
-from stratagem.programs.sample import (
-    SampleConfig,
-    load_images,
-    sample_into,
-    sample_run,
-    save_samples,
-)
+from stratagem.programs.sample import SampleConfig, sample_into, sample_run, save_samples
+from stratagem.programs.sources import open_source
 from stratagem.schedule import Linear
 
 CFG = SampleConfig(num=11, steps=2, sampler="euler", batch_size=3)
@@ -60,6 +55,10 @@ def model(channels: int = 1, weight: float = 0.5) -> Model:
         path=Path("run"),
         finish=Finish((channels, 4, 4)),
     )
+
+
+def load_images(path: Path, channels: int) -> Tensor:
+    return open_source(path, channels).all()
 
 
 class Stop(Exception):
@@ -108,7 +107,7 @@ def test_processes_share_the_images_in_any_order(tmp_path: Path, order: tuple[in
 def test_another_number_of_processes_goes_on(tmp_path: Path) -> None:
     with pytest.raises(Stop):
         sample_into(model(), CFG, tmp_path / "out", rank=1, world=2, progress=stop_after(3))
-    assert sample_into(model(), CFG, tmp_path / "out", rank=0, world=4) == 5
+    assert sample_into(model(), CFG, tmp_path / "out", rank=0, world=4) == 6
     assert sample_into(model(), replace(CFG, batch_size=100), tmp_path / "out") == 11
     assert torch.equal(load_images(tmp_path / "out", 1), sample_run(model(), CFG).images)
 
@@ -121,6 +120,14 @@ def test_parts_that_overlap_give_each_image_once(tmp_path: Path) -> None:
         part.rename(tmp_path / "out.part" / part.name)
     sample_into(model(), CFG, tmp_path / "out")
     assert torch.equal(load_images(tmp_path / "out", 1), sample_run(model(), CFG).images)
+
+
+def test_processes_make_the_batches_of_one(tmp_path: Path) -> None:
+    """A batch of other rows would round its sums in another way."""
+    for rank in (0, 2):
+        sample_into(model(), CFG, tmp_path / "out", rank=rank, world=3)
+    parts = sorted(part.stem for part in (tmp_path / "out.part").glob("0*"))
+    assert parts == ["000000000-000000003", "000000006-000000009", "000000009-000000011"]
 
 
 def test_more_processes_than_images(tmp_path: Path) -> None:

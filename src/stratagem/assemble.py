@@ -162,6 +162,8 @@ def open_inputs(run: RunConfig, *, verify: bool = True) -> Inputs:
     data = open_data(Path(run.data), verify)
     bank = None
     if run.memory is not None:
+        build = f"stratagem bank build {run.data} --out {run.memory.bank}"
+        _present(run.memory.bank, "memory bank", build)
         bank = MemoryBank.load(Path(run.memory.bank), verify=verify)
         bank.check(data.origin)
     parts: Stages | None = None
@@ -288,7 +290,8 @@ def _stage_draw(run: RunConfig, density: TimeDensity, denoiser: Denoiser) -> Sta
         return None
     intervals = tuple(stages.time_interval(k, denoiser.schedule) for k in range(stages.num))
     how = (staged.policy, staged.batch, staged.unbiased, staged.warm_steps)
-    return StageDraw(density, intervals, *how, warm_decoder=net.largest)
+    tie = staged.tie if staged.warm_steps else 0.0
+    return StageDraw(density, intervals, *how, warm_decoder=net.largest, tie=tie)
 
 
 def _snippets(run: RunConfig, bank: MemoryBank | None) -> Snippets | None:
@@ -346,10 +349,16 @@ def make_objective(
     return Objective(denoiser, cosine=cosine, head=head, tap=tap)
 
 
+def _present(path: str, what: str, command: str) -> None:
+    if not Path(path).exists():
+        raise InputError(f"no {what} at {path}: make it with  {command}")
+
+
 def _stages(staged: StagesConfig, fingerprint: str) -> tuple[Stages, dict[str, Any]]:
     """Returns the stages and the record of how they were found, empty for edges given by hand."""
     if staged.file is None:
         return Stages(staged.edges or ()), {}
+    _present(staged.file, "stages", f"stratagem stages DATA --out {staged.file}")
     parts, record = Stages.load(Path(staged.file))
     if record.get("data") != fingerprint:
         raise InputError(

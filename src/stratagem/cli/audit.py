@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from stratagem.assemble import open_run
 from stratagem.cli.console import progress_bar, say
+from stratagem.cli.opening import Opened, Opening
 from stratagem.data.shards import DataSet
 from stratagem.distributed import connect
 from stratagem.encoders import EncoderName
@@ -24,7 +24,7 @@ from stratagem.report.page import save_page
 
 __all__ = ["audit"]
 
-_SAMPLING = SampleConfig(num=2000)
+_SAMPLING, _OPENING = SampleConfig(num=2000), Opening()
 
 
 def audit(
@@ -35,9 +35,7 @@ def audit(
     features: tuple[EncoderName, ...] = ("effnet",),
     encoder_weights: str | None = None,
     config: Annotated[SampleConfig, tyro.conf.arg(name="")] = _SAMPLING,
-    step: int | None = None,
-    bank: Path | None = None,
-    autoencoder: str | None = None,
+    opening: Opened = _OPENING,
     cache: Path | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     json: Path | None = None,
@@ -60,9 +58,7 @@ def audit(
         features: Networks whose vectors are compared beside pixels: effnet, or a DINO.
         encoder_weights: Weights of a DINO: a folder, or a repository of the hub.
         config: How a run is sampled; of a folder or npz, num is the most to take.
-        step: Which checkpoint of a run; the newest by default.
-        bank: The memory bank of a run, if it has moved or was edited.
-        autoencoder: Weights of the autoencoder of a run of latents, as for  stratagem sample.
+        opening: How a run is opened.
         cache: Folder of the statistics of real images; DATA.statistics by default.
         device: Where networks run; auto takes a GPU where there is one.
         json: Write the figures and the whole protocol to this file.
@@ -70,7 +66,8 @@ def audit(
     if config.num < 1:
         raise InputError(f"--num {config.num}: audit at least 1 sample")
     run = (target / "config.yaml").is_file()
-    if not run and (dataclasses.replace(config, num=_SAMPLING.num) != _SAMPLING or step or bank):
+    usual = dataclasses.replace(config, num=_SAMPLING.num) == _SAMPLING
+    if not run and not (usual and opening == _OPENING):
         raise InputError("settings of sampling have no effect: there is no run to sample")
     out.parent.mkdir(parents=True, exist_ok=True)
     with connect(device) as world:
@@ -86,14 +83,13 @@ def audit(
             cache=cache or data.with_name(f"{data.name}.statistics"),
         )
         if run:
-            model = open_run(target, step=step, bank=bank, autoencoder=autoencoder)
+            model = opening.model(target, world.device)
             judge.require(model.finish.shape)
-            model.denoiser.to(world.device)
             with progress_bar("sample", "images") as progress:
                 audited = audited_run(model, real, config, progress=progress)
         else:
             audited = audited_samples(target, real, config.num)
-        with progress_bar("read the training images", "images") as progress:
+        with progress_bar("compare", "images") as progress:
             found = judge.audit(audited, progress=progress)
     save_page(out, audit_page(found))
     if json is not None:

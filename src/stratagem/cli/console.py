@@ -73,7 +73,7 @@ class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Shows the recent rate."""
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} {self.unit}/s" if speed else "", style="dim")
+        return Text(f"{_rate(speed)} {self.unit}/s" if speed else "", style="dim")
 
 
 class _Lines:
@@ -102,5 +102,15 @@ class _Lines:
         if num <= 1 or seconds <= 0:  # the first one also waits for what is being started
             return line
         rate = num / seconds
-        end = f"in {seconds:.0f} s" if self.ended else f"{(total - done) / rate:.0f} s left"
-        return f"{line}, {rate:,.0f} {self.unit or 'items'}/s, {end}"
+        end = f"in {_time(seconds)}" if self.ended else f"{_time((total - done) / rate)} left"
+        return f"{line}, {_rate(rate)} {self.unit or 'items'}/s, {end}"
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 9.5 else f"{rate:.2g}"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

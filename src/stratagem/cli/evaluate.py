@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json as json_module
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
 
-from stratagem.assemble import Model, open_run
 from stratagem.cli.console import progress_bar, say
+from stratagem.cli.opening import Opened, Opening
 from stratagem.distributed import connect
 from stratagem.errors import InputError
 from stratagem.programs.evaluate import (
@@ -22,15 +23,16 @@ from stratagem.programs.evaluate import (
     Reference,
     evaluate_images,
     evaluate_run,
+    sampled,
     spread,
 )
-from stratagem.programs.sample import SampleConfig, sample_run
-from stratagem.programs.sources import Source, held
+from stratagem.programs.sample import SampleConfig
+from stratagem.programs.sources import Source
 
 __all__ = ["evaluate"]
 
 _MEASURES = Measures()
-_SAMPLING = SampleConfig(num=2000)
+_SAMPLING, _OPENING = SampleConfig(num=2000), Opening()
 
 
 def evaluate(
@@ -40,18 +42,16 @@ def evaluate(
     features: tuple[FeatureName, ...] = ("effnet",),
     measures: Annotated[Measures, tyro.conf.arg(name="")] = _MEASURES,
     config: Annotated[SampleConfig, tyro.conf.arg(name="")] = _SAMPLING,
-    step: int | None = None,
-    ema_std: float | None = None,
-    bank: Path | None = None,
-    autoencoder: str | None = None,
+    opening: Opened = _OPENING,
     cache: Path | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     json: Path | None = None,
 ) -> None:
     """Measures runs, or samples, against real images.
 
-    Of several targets, such as runs of several seeds, the spread is told too. Files of images are
-    read in batches, and under torchrun the processes share them.
+    Of several targets, such as runs of several seeds, the spread is told too. Images are read in
+    batches. Under torchrun the processes share sampling and features, and the figures are those of
+    one process. Killed, the same command goes on from the samples that are there.
 
     Example: stratagem evaluate runs/digits --reference out/digits --features pixels
     Example: stratagem evaluate samples.npz --reference VIRTUAL_imagenet256_labeled.npz
@@ -64,10 +64,7 @@ def evaluate(
             a DINO: dinov2-l is that of published FD-DINOv2.
         measures: What is measured, and how.
         config: How a run is sampled.
-        step: Which checkpoint of a run; the newest by default.
-        ema_std: Which average of its weights, as for  stratagem sample.
-        bank: The memory bank of a run, if it has moved or was edited.
-        autoencoder: Weights of the autoencoder of a run of latents, as for  stratagem sample.
+        opening: How a run is opened.
         cache: Folder of the features of real images; REFERENCE.statistics by default.
         device: Where networks run; auto takes a GPU where there is one.
         json: Write the figures and the whole protocol to this file.
@@ -75,25 +72,21 @@ def evaluate(
     runs = [path for path in (*targets, reference) if (path / "config.yaml").is_file()]
     if not targets:
         raise InputError("name at least one run, folder of images, npz or data set")
-    if not runs and (config != _SAMPLING or step or ema_std or bank or autoencoder):
+    if not runs and (config != _SAMPLING or opening != _OPENING):
         raise InputError("settings of sampling have no effect: there is no run to sample")
-    with connect(device) as world:
-
-        def model(run: Path) -> Model:
-            opened = open_run(run, step=step, bank=bank, autoencoder=autoencoder, ema_std=ema_std)
-            opened.denoiser.to(world.device)
-            return opened
-
+    with connect(device) as world, ExitStack() as files:
         images: Path | Source = reference
         if reference in runs:
-            images = held(sample_run(model(reference), config).images, str(reference))
+            made = sampled(opening.model(reference, world.device), config, world, use="reference")
+            images = files.enter_context(made)
         kept = cache or reference.with_name(f"{reference.name}.statistics")
         real = Reference(images, features, measures, world=world, cache=kept)
         found = []
         for path in targets:
             with progress_bar("evaluate", "images") as progress:
                 if path in runs:
-                    one = evaluate_run(model(path), real, config, progress=progress)
+                    model = opening.model(path, world.device)
+                    one = evaluate_run(model, real, config, progress=progress)
                 else:
                     one = evaluate_images(path, real, progress=progress)
                 found.append(one)

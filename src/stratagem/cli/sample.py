@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from stratagem.assemble import open_run
 from stratagem.cli.console import progress_bar, say
+from stratagem.cli.opening import Opened, Opening
 from stratagem.distributed import apart
 from stratagem.programs.sample import SampleConfig, sample_into
 from stratagem.programs.sample_files import Form
@@ -22,10 +22,7 @@ def sample(
     /,
     out: Path,
     config: Annotated[SampleConfig, tyro.conf.arg(name="")] = SampleConfig(),  # noqa: B008
-    step: int | None = None,
-    ema_std: float | None = None,
-    bank: Path | None = None,
-    autoencoder: str | None = None,
+    opening: Opened = Opening(),  # noqa: B008
     format: Form = "png",  # noqa: A002
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> None:
@@ -42,18 +39,12 @@ def sample(
         run: The run.
         out: The folder to make.
         config: How to sample.
-        step: Which checkpoint; the newest by default.
-        ema_std: Relative standard deviation of the average of the weights, such as 0.07, mixed of
-            those that the run tracked (train.ema_stds); the exponential average by default.
-        bank: The memory bank, if it has moved or was edited.
-        autoencoder: Weights of the autoencoder that made the latents which the run learned from: a
-            folder, a file or a hub repository; without, the samples are latents.
+        opening: How the run is opened.
         format: Numbered PNGs, or one npz in ADM's layout.
         device: Where the network runs; auto takes a GPU where there is one.
     """
     world = apart(device, setting="--device")
-    model = open_run(run, step=step, bank=bank, autoencoder=autoencoder, ema_std=ema_std)
-    model.denoiser.to(world.device)
+    model = opening.model(run, world.device)
     with progress_bar("sample", "images") as progress:
         there = sample_into(
             model,

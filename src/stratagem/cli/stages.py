@@ -22,7 +22,7 @@ def stages(
     /,
     out: Path,
     num: int = 3,
-    method: Method = "optimal-denoiser",
+    method: Method = "dp",
     config: Annotated[StageConfig, tyro.conf.arg(name="")] = StageConfig(),  # noqa: B008
     seed: int = 0,
     json: bool = False,
@@ -35,8 +35,8 @@ def stages(
         data: The data set.
         out: The JSON file to write; the page has its name with .html.
         num: How many stages.
-        method: optimal-denoiser (the paper's thresholds and their recursion), dp (most agreement
-            inside the stages), or a baseline: gradient (needs a run), snr, uniform.
+        method: dp (most agreement inside the stages), optimal-denoiser (the paper's thresholds and
+            their recursion), or a baseline: gradient (needs a run), snr, uniform.
         config: How to look for them.
         seed: Seed of all draws.
         json: Print JSON: all that OUT says but curves and matrices.

@@ -156,18 +156,6 @@ class OptimalDenoiser:
         nothing = snippets.new_zeros(num, self.rows.shape[1])
         return self._means(nothing, nothing[:, 0], nothing[:, 0], snippets)
 
-    def optimal_eps(self, x_t: Tensor, t: Tensor, memory: Tensor | None = None) -> Tensor:
-        """Returns E[eps | x_t] = (x_t - alpha E[x | x_t]) / sigma, shape (B, *shape); sigma > 0.
-
-        Once sigma nears the rounding of x_t, no digit of the noise is left in x_t, nor in this.
-        On a path, eps + (x - E[x | x_t]) alpha / sigma of `along` has no such loss.
-        """
-        like = (-1, *[1] * len(self.shape))
-        t = t.to(self.device, torch.float64)
-        alpha, sigma = self.schedule.alpha(t).reshape(like), self.schedule.sigma(t).reshape(like)
-        means = self.posterior_mean(x_t, t, memory).double()
-        return ((x_t.to(self.device).double() - alpha * means) / sigma).to(self.dtype)
-
     def along(self, x: Tensor, eps: Tensor, times: Tensor, memory: Tensor | None = None) -> Tensor:
         """Returns E[x | x_t, snippet] at all times of the paths x_t = alpha x + sigma eps.
 

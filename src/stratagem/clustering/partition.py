@@ -156,7 +156,8 @@ def _reach(agreement: Tensor, alpha: float, end: str) -> int:
     if len(below) == 0:
         raise InputError(
             f"agreement with the {end} end never falls under alpha = {alpha:g} "
-            f"(its mean over all times is {running[-1]:.3f}): raise alpha or lower eta"
+            f"(its mean over all times is {running[-1]:.3f}): raise alpha or lower eta, "
+            "or take method dp, which needs neither"
         )
     first = int(below[0])
     if first == 0:

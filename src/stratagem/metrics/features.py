@@ -18,7 +18,6 @@ called FID (`metric_name`).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,7 +27,7 @@ from torch import Tensor
 from stratagem.data.images import to_float
 from stratagem.encoders import Encoder
 from stratagem.errors import InputError
-from stratagem.metrics.frechet import Statistics, moments, statistics
+from stratagem.metrics.frechet import Statistics, moments
 
 __all__ = [
     "Components",
@@ -36,7 +35,6 @@ __all__ = [
     "FeatureNet",
     "PixelComponents",
     "metric_name",
-    "statistics_of",
 ]
 
 # Above this many dimensions and images the decomposition is of this many images, evenly spaced.
@@ -70,11 +68,6 @@ def metric_name(net: FeatureNet, metric: str = "fd") -> str:
     if net.name != "inception":
         return f"{metric}_{net.name}"
     return {"fd": "fid", "sfd": "sfid"}.get(metric, metric)
-
-
-def statistics_of(batches: Iterable[Tensor], net: FeatureNet) -> Statistics:
-    """Returns the feature statistics of a stream of uint8 image batches, each (B, C, H, W)."""
-    return statistics(net(images) for images in batches if len(images))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@
 
 It never sees real images. p is the softmax of the classifier's product without its bias, as in
 every published figure. By custom it is the mean over splits of 5000 samples in their order; splits
-lower it, so that it depends on their size.
+lower it, so that it depends on their size. What is left over makes the splits larger, for a short
+one would lower the mean for its size alone: 12,000 samples are two splits of 6000.
 
 What is kept is one row of sums per split, which may be added in any order:
 
@@ -34,19 +35,20 @@ class InceptionScore(NamedTuple):
 
 
 def class_sums(probabilities: Tensor, first: int, num: int, split: int = SPLIT) -> Tensor:
-    """Returns the sums of some samples by split, shape (ceil(num / split), C + 2), float64.
+    """Returns the sums of some samples by split, shape (max(1, num // split), C + 2), float64.
 
     Args:
         probabilities: p(class | x) of samples first, first + 1, ..., shape (B, C).
         first: Number of the first of them.
         num: How many samples there are in all.
-        split: Samples in a split.
+        split: Least number of samples in a split.
     """
     p = probabilities.double()
     entropy = torch.special.xlogy(p, p).sum(1, keepdim=True)
     rows = torch.cat([p, entropy, torch.ones_like(entropy)], 1)
-    index = torch.arange(first, first + len(p), device=p.device) // split
-    return rows.new_zeros(-(-num // split), rows.shape[1]).index_add_(0, index, rows)
+    splits = max(1, num // split)
+    index = torch.arange(first, first + len(p), device=p.device) * splits // num
+    return rows.new_zeros(splits, rows.shape[1]).index_add_(0, index, rows)
 
 
 def inception_score(sums: Tensor) -> InceptionScore:

@@ -15,7 +15,8 @@ whatever the distribution of d is, which gives an exact test of "copies more tha
 
 Blurred or plain images are near to everything and have small d without copying anything. They are
 as near to held-out images as to training images, so the same test of r, the relative distance,
-passes them by and still finds copies. C_T and AuthPct are of d and share its blindness.
+passes them by and still finds copies. It errs towards passing: a held-out image has one other
+held-out image less to be near to. C_T and AuthPct are of d and share its blindness.
 
 References: C_T of Meehan, Chaudhuri & Dasgupta 2020, arXiv:2004.05675 (section 3; here d is to the
 nearest of all training images, also of another cell). AuthPct is the authenticity of Alaa et al.
@@ -46,7 +47,7 @@ __all__ = [
     "nearest",
 ]
 
-# An exact test at this level accuses one honest sampler in a thousand.
+# An exact test at this level, in one space, accuses one honest sampler in a thousand.
 LEVEL = 1e-3
 LEAST = 20  # images of either kind in a cell of C_T, as in its paper
 _CELL_IMAGES = 100  # held-out images per cell of C_T

@@ -6,14 +6,14 @@ demonstration calls the same functions in a row; so can any Python program.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 
 from stratagem.errors import InputError
 
-__all__ = ["Device", "Progress", "device_of", "silent"]
+__all__ = ["Device", "Progress", "device_of", "share_of", "silent"]
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -23,6 +23,16 @@ Progress = Callable[[int, int], None]
 
 def silent(done: int, total: int) -> None:
     """Shows no progress."""
+
+
+def share_of(progress: Progress, parts: Sequence[int], number: int) -> Progress:
+    """Returns the progress of one of several parts of a work, of known sizes.
+
+    Example:
+        >>> share_of(lambda done, total: print(done, "of", total), [10, 30], 1)(5, 30)
+        15 of 40
+    """
+    return lambda done, _: progress(sum(parts[:number]) + done, sum(parts))
 
 
 def device_of(name: Device) -> str:

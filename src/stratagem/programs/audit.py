@@ -231,7 +231,7 @@ class Judge:
 
         Args:
             audited: The samples.
-            progress: Called while the training images are read.
+            progress: Called with how many images have been compared.
 
         Raises:
             InputError: If sizes do not fit, or there is one training image only.
@@ -242,51 +242,60 @@ class Judge:
             plain = net.encoder if isinstance(net, EncoderFeatures) else net
             encoders[plain.name] = plain
         spaces, spread = dict[str, Memorisation](), dict[str, Diversity]()
+        asked = (1 + self.data.flip) * (len(audited.images) + len(self._held_out))
+        asked += 0 if audited.repeats is None else len(audited.repeats[0])
+        count = _Count(progress, len(encoders) * (self._train.num + asked))
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             for name, encode in encoders.items():
-                train = self._rows(name, encode, Path(folder) / name, progress)
-                vectors = self._vectors(audited.images, encode, train)
+                train = self._rows(name, encode, Path(folder) / name, count)
+                vectors = self._vectors(audited.images, encode, train, count)
                 spaces[name] = audit_vectors(vectors)
                 if audited.repeats is not None:
                     images, snippets = audited.repeats
-                    rows = self._encode(encode, images).double() / vectors.scale
+                    rows = self._encode(encode, images, count).double() / vectors.scale
                     found = diversity(rows, snippets)
                     spread |= {name: found} if found is not None else {}
-        return Audit(
-            audited, self.data, spaces, spread, self._quality(audited), self._told(audited)
-        )
+        quality, told = self._quality(audited), self._told(audited)
+        return Audit(audited, self.data, spaces, spread, quality, told)
 
-    def _rows(self, name: str, encode: Encode, file: Path, progress: Progress) -> Tensor | Rows:
+    def _rows(self, name: str, encode: Encode, file: Path, count: _Count) -> Tensor | Rows:
         """Returns the vectors of the training images, none of them in memory."""
         if name == "pixels":
-            return _PixelRows(self.data, encode, progress)
+            return _PixelRows(self.data, encode, count)
         rows, at = torch.empty(0), 0
-        for images in self._train.batches(progress=progress):
+        for images in self._train.batches():
             vectors = encode(images).float().cpu()
             if not at:
                 size = self._train.num * vectors.shape[1]
                 rows = torch.from_file(str(file), shared=True, size=size).view(-1, vectors.shape[1])
             rows[at : at + len(vectors)] = vectors
             at += len(vectors)
+            count(len(vectors))
         return rows
 
-    def _vectors(self, images: Tensor, encode: Encode, train: Tensor | Rows) -> Vectors:
-        def sides(pictures: Tensor) -> Tensor:
+    def _vectors(
+        self, images: Tensor, encode: Encode, train: Tensor | Rows, count: _Count
+    ) -> Vectors:
+        def sides(pictures: Tensor, count: Callable[[int], None] = lambda _: None) -> Tensor:
             both = (pictures, pictures.flip(-1)) if self.data.flip else (pictures,)
-            return torch.stack([self._encode(encode, side) for side in both])
+            return torch.stack([self._encode(encode, side, count) for side in both])
 
         def of_train(index: Tensor) -> Tensor:
             return sides(self.data.images(self.data.train_indices[index]))
 
-        samples = sides(images)
+        samples = sides(images, count)
         nothing = samples[:, :0]
-        real = sides(self._held_out) if len(self._held_out) else nothing
+        real = sides(self._held_out, count) if len(self._held_out) else nothing
         scale = 255 * math.sqrt(samples.shape[-1]) if encode is _pixels else 1.0
         return Vectors(samples, real, train, of_train, scale)
 
     @torch.no_grad()
-    def _encode(self, encode: Encode, images: Tensor) -> Tensor:
-        return torch.cat([encode(part).to(self.device) for part in images.split(128)])
+    def _encode(self, encode: Encode, images: Tensor, count: Callable[[int], None]) -> Tensor:
+        found = []
+        for part in images.split(128):
+            found.append(encode(part).to(self.device))
+            count(len(part))
+        return torch.cat(found)
 
     def _quality(self, audited: Audited) -> dict[str, dict[str, float]]:
         """Measures Frechet distances; nothing where samples are too few for the features."""
@@ -320,13 +329,27 @@ class Judge:
         }
 
 
-@dataclass(frozen=True)
+@dataclass
+class _Count:
+    """Adds up images, of a known total."""
+
+    progress: Progress
+    total: int
+    done: int = 0
+
+    def __call__(self, num: int) -> None:
+        self.done += num
+        self.progress(self.done, self.total)
+
+
+@dataclass
 class _PixelRows:
-    """The training images as rows, read when they are asked for."""
+    """The training images as rows, read when they are asked for, and counted when read first."""
 
     data: DataSet
     encode: Encode
-    progress: Progress
+    count: _Count
+    counted: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -335,7 +358,9 @@ class _PixelRows:
     def __getitem__(self, index: slice | Tensor) -> Tensor:
         rows = self.data.train_indices
         if isinstance(index, slice):
-            self.progress(min(index.stop, len(rows)), len(rows))
+            stop = min(index.stop, len(rows))
+            self.count(max(0, stop - self.counted))
+            self.counted = max(stop, self.counted)
         return self.encode(self.data.images(rows[index]))
 
 

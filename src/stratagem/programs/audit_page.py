@@ -8,13 +8,14 @@ from torch import Tensor
 from stratagem.metrics.memorisation import Memorisation
 from stratagem.programs.audit import Audit, percent, probability
 from stratagem.report.bank_map import bank_map
-from stratagem.report.charts import Series, line_chart
+from stratagem.report.charts import Series, format_number, line_chart
 from stratagem.report.page import Section, neighbour_grid, page, table
 
 __all__ = ["audit_page"]
 
 _POINTS = 60
-_UNKNOWN = {"nan", "nan %"}
+_UNKNOWN = {"nan", "nan %", "not finite"}
+_UNITS = {"pixels": "per-pixel RMS, pixels in [0, 1]"}
 
 
 def audit_page(found: Audit) -> str:
@@ -52,9 +53,10 @@ def _figures(found: Audit) -> Section:
         "to the nearest held-out image, than 99 % of held-out images are; p is the probability of "
         "as many by chance. Near samples are so by the distance itself, which is small for plain "
         "images, too. The distance ratio is the median of samples over that of held-out images. "
-        "C_T (Meehan et al. 2020) compares the same distances region by region: below -3 samples "
-        "are too near, above 3 too far. AuthPct (Alaa et al. 2022) is the share of samples that "
-        "are farther from their training image than that one is from the next."
+        "C_T (Meehan et al. 2020) compares the same distances region by region: below "
+        "\N{MINUS SIGN}3 samples are too near, above 3 too far. AuthPct (Alaa et al. 2022) is the "
+        "share of samples that are farther from their training image than that one is from the "
+        "next."
     )
     spaces = found.spaces.values()
     rows: list[list[str | float | None]] = [
@@ -63,7 +65,7 @@ def _figures(found: Audit) -> Section:
         ["near samples", "1 %", *(percent(m.near.rate) for m in spaces)],
         ["p of near samples", "above 0.001", *(probability(m.near.p_value) for m in spaces)],
         ["distance ratio", "1", *(f"{m.ratio:.2f}" for m in spaces)],
-        ["C_T", "-3 to 3", *(f"{m.score:.1f}" for m in spaces)],
+        ["C_T", "\N{MINUS SIGN}3 to 3", *(format_number(round(m.score, 1)) for m in spaces)],
         ["AuthPct", None, *(percent(m.authentic) for m in spaces)],
     ]
     rows = [["unknown" if cell in _UNKNOWN else cell for cell in row] for row in rows]
@@ -78,13 +80,17 @@ def _distances(found: Audit) -> Section:
     charts = [
         line_chart(
             [_share("samples", m.distances), *_held_out(m)],
-            x_label="distance to the nearest training image",
+            x_label=f"distance to the nearest training image ({_unit(name)})",
             y_label="share of images at most so far",
             title=f"In {name}",
         )
         for name, m in found.spaces.items()
     ]
     return Section("How near samples come", text, "".join(charts))
+
+
+def _unit(space: str) -> str:
+    return _UNITS.get(space, "Euclidean, of the vectors")
 
 
 def _held_out(found: Memorisation) -> list[Series]:
@@ -98,18 +104,28 @@ def _share(name: str, distances: Tensor) -> Series:
 
 def _pairs(found: Audit, name: str) -> Section:
     samples, images = found.pairs(name)
-    pictures = found.audited.images[samples]
-    measured = "the distance to held-out images" if len(found.spaces[name].relative) else "nothing"
+    pictures, space = found.audited.images[samples], found.spaces[name]
     text = (
         f"The {len(samples)} most suspicious of {len(found.audited.images):,} samples, the most "
-        f"suspicious first: nearest to a training image, measured against {measured}."
+        "suspicious first. "
     )
+    if len(space.relative):
+        shown = space.relative
+        text += (
+            "Below each is its distance to that training image, divided by its distance to the "
+            "nearest held-out image: near 1 it is no nearer to the one than to the other, near 0 "
+            "it is a copy."
+        )
+    else:
+        shown = space.distances
+        text += f"Below each is its distance to that training image ({_unit(name)})."
     body = neighbour_grid(
         pictures,
         found.data.images(images),
-        found.spaces[name].distances[samples],
+        shown[samples],
         columns=5,
         scale=max(1.0, 64 / pictures.shape[-1]),
+        caption="Left: a sample. Right: the training image nearest to it.",
     )
     return Section(f"The closest pairs in {name}", text, body)
 

@@ -21,13 +21,14 @@ from stratagem.errors import InputError
 from stratagem.memory.bank import MemoryBank
 from stratagem.memory.draw import draw
 from stratagem.memory.edit import remove
-from stratagem.programs import Progress, silent
+from stratagem.programs import Progress, share_of, silent
 from stratagem.programs.sample import SampleConfig, sample_run
 from stratagem.programs.sources import open_source
 
 __all__ = ["Audited", "audited_run", "audited_samples"]
 
 _SNIPPETS, _IMAGES = 16, 8  # for diversity: so many snippets, and images of each
+_REPEATS = 2000  # of samples on disk: all their pairs are compared
 
 
 @dataclass(frozen=True)
@@ -69,24 +70,30 @@ def audited_run(
             f"{model.path} was trained on data set {model.data[:12]}, not on {data.path} "
             f"({data.fingerprint[:12]}): give the data set that it was trained on"
         )
-    images = sample_run(model, cfg, progress=progress).images
-    told = {"run": str(model.path), "step": model.step, "sampling": dataclasses.asdict(cfg)}
-    bank = model.bank
+    bank, few = model.bank, torch.empty(0, dtype=torch.int64)
+    if bank is not None:
+        few = draw(bank, min(_SNIPPETS, int((~bank.held_out).sum())), "stratified", cfg.seed)
+    parts = [
+        cfg.num,
+        cfg.num * (bank is not None and bool(bank.held_out.any())),
+        len(few) * _IMAGES,
+    ]
+    images = sample_run(model, cfg, progress=share_of(progress, parts, 0)).images
+    told = {"run": str(model.path), "step": model.step, "ema_std": model.ema_std}
+    told["sampling"] = dataclasses.asdict(cfg)
     if bank is None:
         return Audited(images, told)
     told |= {"bank": bank.fingerprint, "diversity": {"snippets": _SNIPPETS, "images": _IMAGES}}
     second = None
     if bank.held_out.any():
         others = dataclasses.replace(cfg, snippets="held-out", like=None)
-        second = sample_run(model, others, progress=progress).images
-    few = draw(bank, min(_SNIPPETS, int((~bank.held_out).sum())), "stratified", cfg.seed)
+        second = sample_run(model, others, progress=share_of(progress, parts, 1)).images
     rest = torch.ones(bank.num, dtype=torch.bool)
     rest[few] = False
     small = remove(bank, rest.nonzero().flatten()) if rest.any() else bank
-    again = dataclasses.replace(
-        cfg, num=len(few) * _IMAGES, snippets="stratified", label=None, like=None
-    )
-    made = sample_run(dataclasses.replace(model, bank=small), again, progress=progress)
+    again = dataclasses.replace(cfg, num=parts[2], snippets="stratified", label=None, like=None)
+    small_model = dataclasses.replace(model, bank=small)
+    made = sample_run(small_model, again, progress=share_of(progress, parts, 2))
     assert made.snippets is not None
     return Audited(images, told, (made.images, made.snippets.rows), second, bank)
 
@@ -109,5 +116,5 @@ def audited_samples(path: Path, data: DataSet, num: int) -> Audited:
     rows = json.loads(record.read_text())["snippets"] if record.is_file() else None
     repeats = None
     if rows and isinstance(rows[0], int):
-        repeats = images, torch.tensor(rows[: len(images)])
+        repeats = images[:_REPEATS], torch.tensor(rows[: min(len(images), _REPEATS)])
     return Audited(images, told, repeats)

@@ -65,8 +65,8 @@ def result_sections(results: Sequence[RunResult]) -> list[Section]:
     curves = [
         Section(
             f"Quality while training: {metric}",
-            "Frechet distance between samples and training images; lower is better."
-            + _bands(results),
+            f"Frechet distance between samples and training images, {_features(metric)}; lower is "
+            f"better.{_bands(results)}",
             _curves(results, metric),
         )
         for metric in metrics
@@ -81,6 +81,20 @@ def result_sections(results: Sequence[RunResult]) -> list[Section]:
         *_agreements(results),
         *grids,
     ]
+
+
+def _features(metric: str) -> str:
+    """Says of what a Frechet distance is."""
+    name = metric.removeprefix("fd_")
+    net, num = name.rstrip("0123456789"), name[len(name.rstrip("0123456789")) :]
+    kinds = {
+        "fid": "of Inception-v3's features, as is the custom",
+        "sfid": "of Inception-v3's spatial features",
+        "pixels": f"of the first {num} principal components of the pixels",
+        "effnet": "of EfficientNet-Lite0's features"
+        + (f", of which the first {num} principal components" if num else ""),
+    }
+    return kinds.get(net, f"of the features {name}")
 
 
 def images_to_reach(run: RunResult, metric: str, target: float) -> float | None:
@@ -242,10 +256,11 @@ def _figures(results: Sequence[RunResult]) -> Section:
     found = results[0].last
     text = (
         "Of the last checkpoint. MACs are per image and network call, attention included, as a "
-        "mean over the calls of the sampler. The distance to the nearest training image is the "
-        "median, as per-pixel RMS with pixels in [0, 1]. The copy rate is the share of samples "
-        "nearer than 99 % of held-out real images come: 1 % is chance. Blurred samples are near to "
-        "everything, so look at the pairs below before accusing."
+        "mean over the calls of the sampler; images per second are the median. The distance to the "
+        "nearest training image is the median, as per-pixel RMS with pixels in [0, 1]. The copy "
+        "rate is the share of samples nearer than 99 % of held-out real images come: 1 % is "
+        "chance. Blurred samples are near to everything, so look at the pairs below before "
+        "accusing."
     )
     real: Mapping[str, float] = found.protocol["held_out_real"] or {}
     if real and found.memorisation is not None:
@@ -254,7 +269,8 @@ def _figures(results: Sequence[RunResult]) -> Section:
             f"\n\nThe {found.protocol['held_out_images']:,} held-out real images themselves, "
             f"measured like samples, are at {floor}, and their median distance to the nearest "
             f"training image is {found.memorisation['held_out_median']:.3f}: that is what honest "
-            "and perfect samples of as many would have."
+            f"and perfect samples of as many would have. Here are {found.num:,} samples, and a "
+            "Frechet distance is the less the more there are."
         )
     return Section("All figures", text, _quality_table(results) + _cost_table(results))
 

@@ -15,7 +15,7 @@ from stratagem.assemble import make_schedule
 from stratagem.config import RunConfig
 from stratagem.data.shards import DataSet
 from stratagem.programs.compare import RunResult, copies, images_to_reach, result_sections
-from stratagem.report.charts import Series, line_chart
+from stratagem.report.charts import Series, format_number, line_chart
 from stratagem.report.page import Section, image_grid, page, table
 from stratagem.stages import Stages
 
@@ -125,7 +125,8 @@ def _stages(result: DemoResult) -> Section:
     curves: dict[str, Any] = record["curves"]
     times = stages.times(schedule)
     edges = "; ".join(
-        f"t = {t:.3f} (log-SNR {e:.2f})" for t, e in zip(times, stages.edges, strict=True)
+        f"t = {t:.3f} (log-SNR {format_number(round(e, 2))})"
+        for t, e in zip(times, stages.edges, strict=True)
     )
     series = [
         _band("agreement with the clean end", curves, "to_clean"),

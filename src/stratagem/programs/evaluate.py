@@ -6,6 +6,9 @@
 Snippets come from training images, so every figure of a memory model has a second one beside it:
 the same with snippets of held-out images. Evaluations of a run stay in RUN/evaluations/, with the
 protocol that made them and a few samples, and `compare` draws its report from them.
+
+A run's samples lie in RUN/evaluations/samples-* while it is evaluated: all processes make them, see
+`programs.sample`, and a stopped evaluation goes on with those that are there.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,14 +31,13 @@ from torch import Tensor
 import stratagem
 from stratagem import artifact
 from stratagem.assemble import Model
-from stratagem.autoencoders import Finish
-from stratagem.data.latents import Statistics
+from stratagem.distributed import World
 from stratagem.errors import InputError
 from stratagem.metrics.memorisation import Memorisation, audit, nearest
 from stratagem.programs import Progress, silent
 from stratagem.programs.measures import FeatureName, Measures
 from stratagem.programs.reference import Reference
-from stratagem.programs.sample import SampleConfig, sample_run
+from stratagem.programs.sample import SampleConfig, sample_into
 from stratagem.programs.sources import Source, held, open_source
 
 __all__ = [
@@ -45,6 +49,7 @@ __all__ = [
     "evaluate_run",
     "load_all",
     "load_preview",
+    "sampled",
     "spread",
 ]
 
@@ -92,7 +97,8 @@ def evaluate_run(
     """Samples from a run and measures.
 
     The result is kept in the run's folder if it has all that `compare` shows: a Frechet distance
-    to a data set, and the nearest training images.
+    to a data set, and the nearest training images. Under several processes all get the same
+    figures, but those of memorisation, which process 0 has.
 
     Args:
         model: The run at one checkpoint.
@@ -102,42 +108,75 @@ def evaluate_run(
         progress: Called while sampling.
 
     Raises:
-        InputError: If sizes do not fit, there are too few images for the features, or several
-            processes evaluate.
+        InputError: If sizes do not fit, or there are too few images for the features.
     """
-    if reference.world.size > 1:
-        raise InputError(
-            f"a run is evaluated by one process: sample it with  stratagem sample {model.path}  "
-            "under torchrun, and evaluate its samples"
-        )
     # before the work, not after it
     reference.require(model.finish.shape, cfg.num)
-    rounding = reference.measures.rounding
-    images = _sampled(model, cfg, rounding, progress)
+    measures, world = reference.measures, reference.world
+    model = _rounded(model, measures.rounding)
     second = None
     from_all = cfg.snippets == "train" and cfg.label is None
     bank = model.bank if held_out_snippets and from_all else None
     if bank is not None and bool(bank.held_out.any()):
         others = dataclasses.replace(cfg, snippets="held-out")
-        found = reference.measure(held(_sampled(model, others, rounding, progress)))
+        with sampled(model, others, world, progress) as samples:
+            found = reference.measure(samples)
         second = {**found.distances, **found.others}
     protocol = {
         "run": str(model.path),
         "ema_std": model.ema_std,
         "sampling": dataclasses.asdict(cfg),
-        "rounding": rounding,
+        "rounding": measures.rounding,
     }
-    result = dataclasses.replace(
-        _evaluate(held(images), reference, protocol),
-        step=model.step,
-        images=model.step * model.config.train.batch_size,
-        held_out_snippets=second,
-    )
-    measures = reference.measures
-    whole = measures.memorisation and "fd" in measures.metrics and model.ema_std is None
-    if reference.data is not None and whole:
-        _save(model.path / "evaluations" / f"step-{model.step:08d}", result, images, reference)
+    with sampled(model, cfg, world, progress) as samples:
+        result = dataclasses.replace(
+            _evaluate(samples, reference, protocol),
+            step=model.step,
+            images=model.step * model.config.train.batch_size,
+            held_out_snippets=second,
+        )
+        whole = measures.memorisation and "fd" in measures.metrics and model.ema_std is None
+        if reference.data is not None and whole and not world.rank:
+            path = model.path / "evaluations" / f"step-{model.step:08d}"
+            _save(path, result, samples.read(0, min(_PREVIEW, samples.num)), reference)
     return result
+
+
+@contextmanager
+def sampled(
+    model: Model,
+    cfg: SampleConfig,
+    world: World,
+    progress: Progress = silent,
+    *,
+    use: str = "samples",
+) -> Iterator[Source]:
+    """Yields samples of a run, made by all processes; the files go when they are done with.
+
+    Args:
+        model: The run at one checkpoint.
+        cfg: How to sample.
+        world: The processes; all must come here.
+        progress: Called while sampling, with the images of this process.
+        use: What they are for: files of two uses stand side by side.
+
+    Raises:
+        InputError: If a setting is impossible, or the samples would be latents.
+    """
+    channels = model.finish.shape[0]
+    if channels not in {1, 3}:
+        raise InputError(f"samples of {model.path} are latents: give --autoencoder")
+    made = [model.step, model.ema_std, model.finish.floor, model.finish.description()]
+    bank = None if model.bank is None else model.bank.fingerprint
+    name = artifact.fingerprint([dataclasses.asdict(cfg), bank, *made])[:16]
+    out = model.path / "evaluations" / f"{use}-{name}"
+    with world.together():
+        sample_into(
+            model, cfg, out, form="npz", rank=world.rank, world=world.size, progress=progress
+        )
+    yield open_source(out, channels)
+    if not world.rank:
+        shutil.rmtree(out, ignore_errors=True)
 
 
 def evaluate_images(
@@ -201,18 +240,12 @@ def _evaluate(
     )
 
 
-def _sampled(model: Model, cfg: SampleConfig, rounding: str, progress: Progress) -> Tensor:
-    """Samples images and rounds their values u = 127.5 x + 127.5 to whole numbers."""
-    if rounding == "floor":
-        if model.finish.statistics is not None:
-            raise InputError(
-                "--rounding floor is not for runs of latents: a decoder rounds by itself"
-            )
-        zeros, ones = ([value] * model.shape[0] for value in (0.0, 1.0))
-        plain = Finish(model.finish.shape, Statistics(zeros, ones))  # leaves x as it is
-        images = sample_run(dataclasses.replace(model, finish=plain), cfg, progress=progress).images
-        return (127.5 * images + 127.5).clamp(0, 255).to(torch.uint8)
-    return sample_run(model, cfg, progress=progress).images
+def _rounded(model: Model, rounding: str) -> Model:
+    """Returns a run whose pixels u = 127.5 x + 127.5 become whole numbers in a given way."""
+    if rounding == "floor" and model.finish.statistics is not None:
+        raise InputError("--rounding floor is not for runs of latents: a decoder rounds by itself")
+    finish = dataclasses.replace(model.finish, floor=rounding == "floor")
+    return dataclasses.replace(model, finish=finish)
 
 
 def _versions(reference: Reference) -> dict[str, Any]:
@@ -248,8 +281,7 @@ def load_preview(run: Path, step: int) -> dict[str, Tensor]:
     )
 
 
-def _save(path: Path, result: Evaluation, images: Tensor, reference: Reference) -> None:
-    first = images[:_PREVIEW]
+def _save(path: Path, result: Evaluation, first: Tensor, reference: Reference) -> None:
     distances, index = nearest(first.flatten(1), reference.train.flatten(1))
     scale = 255 * first[0].numel() ** 0.5  # per-pixel RMS in [0, 1], as the audit's
     preview = {

@@ -12,7 +12,7 @@ features where there are too few images for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,6 +31,7 @@ from stratagem.metrics.features import (
 )
 from stratagem.metrics.frechet import statistics
 from stratagem.metrics.inception import Inception, Resize, fetch_inception, load_inception
+from stratagem.metrics.summary import Summary, Wanted
 from stratagem.programs.sources import Source
 
 __all__ = ["FeatureName", "Measures", "MetricName", "check", "fit_net", "load_net"]
@@ -54,7 +55,8 @@ class Measures:
         fetch: Download pytorch-fid's file, known by its sum, if it is not here yet.
         encoder_weights: Weights of features dinov2-l and the like: a folder, or a repository of
             the hub.
-        neighbours: Which neighbour the balls of prdc reach to.
+        neighbours: Which neighbour the balls of prdc reach to: 5 is the package prdc's, 3 that of
+            Kynkaanniemi's and ADM's precision and recall.
         bootstrap: How often samples are redrawn for the 95 % interval of fd; 0 for none.
         rounding: How a run's pixels become integers: nearest, or floor, which some programs do.
         memorisation: Measure distances to training images, which are held in memory for it.
@@ -110,8 +112,21 @@ def load_net(m: Measures, device: torch.device) -> Inception:
     return net
 
 
-def fit_net(name: EncoderName, real: Source, m: Measures, device: torch.device) -> FeatureNet:
+def fit_net(
+    name: EncoderName,
+    real: Source,
+    m: Measures,
+    device: torch.device,
+    summarised: Callable[[Source, FeatureNet, Wanted], Summary],
+) -> FeatureNet:
     """Returns any other feature net, fitted on real images where it has to be.
+
+    Args:
+        name: Of the net.
+        real: The images.
+        m: What is measured, and how.
+        device: Where the net runs.
+        summarised: Gives what is wanted of images: made by all processes, and kept.
 
     Raises:
         InputError: If its weights are not to be had, or there are too few images.
@@ -120,9 +135,11 @@ def fit_net(name: EncoderName, real: Source, m: Measures, device: torch.device) 
         return _pixels(real)
     weights = None if name == "effnet" else m.encoder_weights
     encoder = build_encoder(name, real.shape, weights=weights, device=device)
+    plain = EncoderFeatures(encoder)
     if name != "effnet" or real.num >= 4 * encoder.dim:
-        return EncoderFeatures(encoder)
-    vectors = torch.cat([encoder(images) for images in real.batches()])
+        return plain
+    vectors = summarised(real, plain, Wanted(rows=True)).rows
+    assert vectors is not None
     return EncoderFeatures(encoder, Components.fit(vectors, min(64, len(vectors) - 1)))
 
 

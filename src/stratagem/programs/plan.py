@@ -30,6 +30,7 @@ from stratagem.nets.multi_decoder import MultiDecoder
 from stratagem.networks import make_backbone
 from stratagem.objective import Objective
 from stratagem.optimizers import blocks_of, make_optimizers
+from stratagem.programs.blank import Blank, sized_inputs
 from stratagem.programs.cost import Cost, Visits, blank_images, network_cost, visits
 from stratagem.programs.sample import SampleConfig
 from stratagem.stage_draw import quotas
@@ -104,21 +105,27 @@ class Plan:
             f"memory: {_size(memory.weights)} weights, {_size(memory.gradients)} "
             f"gradients, {_size(memory.moments)} moments, {_size(memory.averages)} "
             f"averages; estimate of activations: {_size(memory.activations)}, if one process "
-            "takes the whole batch",
+            "takes the whole batch; train.accumulate divides it",
             f"disk: {_size(memory.checkpoint)} for a checkpoint",
         ]
 
 
-def plan(config: RunConfig) -> Plan:
+def plan(config: RunConfig, sizes: Blank | None = None) -> Plan:
     """Makes the plan of a run; reads of the data no more than what describes them.
+
+    Args:
+        config: The configuration.
+        sizes: Of data, snippets and targets that are not there; None: they have to be.
 
     Raises:
         InputError: If the parts do not belong together, or the budget is too small.
         DamagedArtifact: If an artifact is truncated or altered.
     """
-    inputs = open_inputs(config, verify=False)
+    inputs = open_inputs(config, verify=False) if sizes is None else sized_inputs(config, sizes)
     config, tailoring = _tailored(config, inputs)
-    align = 0 if config.align is None else align_encoder(config.align).token_dim
+    align = 0
+    if config.align is not None:
+        align = align_encoder(config.align).token_dim if sizes is None else sizes.token_dim
     made, met = inputs.description, _visits(config, inputs)
     with FakeTensorMode():
         objective = make_objective(config, made, inputs.stages, align)

@@ -210,7 +210,8 @@ class Reference:
         device = self.world.device
         if name == "inception":
             return load_net(self.measures, device)
-        return fit_net(name, self._images(f"features {name}"), self.measures, device)
+        real = self._images(f"features {name}")
+        return fit_net(name, real, self.measures, device, self._kept)
 
     def _images(self, name: str) -> Source:
         if self.source is None:

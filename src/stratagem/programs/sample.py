@@ -13,9 +13,10 @@ other:
     OUT.part/A-B.safetensors      images A to B - 1, each file whole or not there
     OUT                           put together by whoever finds every image there
 
-Process R of W makes the images from R N / W on, in batches, less those already there. So the same
-command, by any number of processes and with any batch size, goes on from what is there; if one
-process dies the others finish their shares and end, and the next call makes what is missing.
+Of W processes each makes a W-th of the batches, less the images already there. So the same command,
+by any number of processes and with any batch size, goes on from what is there; if one process dies
+the others finish their shares and end, and the next call makes what is missing. While the batch
+size stays the same, so do the batches, and with them every bit.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import dataclasses
 import fcntl
 import hashlib
 import logging
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,7 +41,7 @@ from stratagem.denoiser import Predictor
 from stratagem.errors import InputError
 from stratagem.guidance import ClassifierFree, Interval
 from stratagem.programs import Progress, silent
-from stratagem.programs.sample_files import KIND, Form, load_images, write_samples
+from stratagem.programs.sample_files import KIND, Form, write_samples
 from stratagem.programs.snippets import Choice, choose
 from stratagem.programs.solvers import SampleConfig, SamplerName, make_solver
 from stratagem.sampler import sample
@@ -48,7 +50,6 @@ __all__ = [
     "SampleConfig",
     "SamplerName",
     "Samples",
-    "load_images",
     "make_solver",
     "sample_into",
     "sample_run",
@@ -236,8 +237,9 @@ def _join(folder: Path, rank: int, meta: dict[str, Any]) -> None:
 
 def _make_share(work: _Work, folder: Path, rank: int, world: int, progress: Progress) -> None:
     """Makes what is missing of this process's images."""
-    num = work.cfg.num
-    share = slice(num * rank // world, num * (rank + 1) // world)
+    size, num = work.cfg.batch_size, math.ceil(work.cfg.num / work.cfg.batch_size)
+    first, last = (num * number // world * size for number in (rank, rank + 1))
+    share = slice(first, min(last, work.cfg.num))
     gaps = _gaps(folder, share)
     total = share.stop - share.start
     done = total - sum(gap.stop - gap.start for gap in gaps)

@@ -18,9 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from stratagem import artifact
-from stratagem.errors import InputError
 
-__all__ = ["KIND", "Form", "load_images", "write_samples"]
+__all__ = ["KIND", "Form", "write_samples"]
 
 KIND = "samples"
 Form = Literal["png", "npz"]
@@ -76,39 +75,3 @@ def _write_npz(path: Path, batches: Iterable[Tensor], shape: Sequence[int]) -> N
         for batch in batches:
             pictures = batch.permute(0, 2, 3, 1).numpy()
             file.write(np.repeat(pictures, 3 // channels, -1).tobytes())
-
-
-def load_images(path: Path, channels: int) -> Tensor:
-    """Reads the images of a samples artifact, a folder of PNGs or an ADM npz, uint8 (N, C, H, W).
-
-    Args:
-        path: Folder or npz file.
-        channels: 1 or 3, those of the images to compare with.
-
-    Raises:
-        InputError: If there are no images, or of several sizes.
-    """
-    if path.is_dir() and (path / artifact.MANIFEST).is_file():
-        artifact.read_folder(path, KIND)
-    files = [path] if path.suffix == ".npz" else sorted(path.glob("*.npz"))
-    if files:
-        return _from_npz(files[0], channels)
-    names = sorted(path.glob("*.png"))
-    if not names:
-        raise InputError(f"{path} holds no samples: expected PNG files or an npz with arr_0")
-    mode = "L" if channels == 1 else "RGB"
-    arrays = [np.array(Image.open(name).convert(mode)) for name in names]
-    if len({a.shape for a in arrays}) > 1:
-        raise InputError(f"the images in {path} have several sizes: use images of one size")
-    stack = torch.from_numpy(np.stack(arrays))
-    return stack[:, None] if channels == 1 else stack.permute(0, 3, 1, 2).contiguous()
-
-
-def _from_npz(path: Path, channels: int) -> Tensor:
-    try:
-        pictures = np.load(path)["arr_0"]
-    except (OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path} is no npz of images with arr_0: {error}") from error
-    if pictures.ndim != 4 or pictures.dtype != np.uint8 or pictures.shape[-1] != 3:
-        raise InputError(f"{path}: arr_0 is {pictures.dtype} {pictures.shape}, not uint8 N,H,W,3")
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2)[:, :channels].contiguous()

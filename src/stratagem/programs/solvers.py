@@ -87,8 +87,8 @@ class SampleConfig:
             LightningDiT's and GMem's k is 1 / k here.
         last_step: Size of the last step, to no noise, which is the smallest time but 0; 0 for the
             grid's own.
-        denoise: Whether there is that last step; without it the samples keep the noise of the
-            smallest time, as in DPM-Solver's published figures.
+        denoise: Whether there is that last step; with --no-denoise the samples keep the noise of
+            the smallest time, as in DPM-Solver's published figures.
         churn: Of heun-edm: how much noise is renewed, EDM's S_churn; 0 for none.
         churn_min: Smallest sigma / alpha where it is, EDM's S_tmin.
         churn_max: Largest sigma / alpha where it is, EDM's S_tmax; by default no bound.

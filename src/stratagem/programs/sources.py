@@ -11,6 +11,7 @@ stand for the images, or be in the same file with some of them.
 from __future__ import annotations
 
 import hashlib
+import math
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -66,8 +67,10 @@ class Source:
     read: Callable[[int, int], Tensor]
 
     def share(self, world: World) -> range:
-        """Returns the numbers of the images that one of several processes has."""
-        return range(self.num * world.rank // world.size, self.num * (world.rank + 1) // world.size)
+        """Returns the numbers of the images that one of several processes has, whole batches."""
+        num = math.ceil(self.num / _BATCH)
+        first, last = (num * rank // world.size * _BATCH for rank in (world.rank, world.rank + 1))
+        return range(first, min(last, self.num))
 
     def batches(self, rows: range | None = None, progress: Progress = silent) -> Iterator[Tensor]:
         """Yields images in order; all of them by default."""

@@ -38,7 +38,7 @@ from stratagem.data.shards import DataSet
 from stratagem.errors import InputError
 from stratagem.memory.bank import MemoryBank
 from stratagem.objective import Objective
-from stratagem.programs import Progress, silent
+from stratagem.programs import Device, Progress, device_of, silent
 from stratagem.programs.cost import call_times
 from stratagem.programs.sample import SampleConfig
 from stratagem.programs.stages_page import stages_page
@@ -93,7 +93,7 @@ class StageConfig:
     temperature: float | None = None
     tolerance: float = 0.0
     run: Path | None = None
-    device: str = "cpu"
+    device: Device = "cpu"
 
 
 _AXIS = {"schedule", "density", "density_mean", "density_std"}
@@ -114,7 +114,7 @@ def stages(
     out: Path,
     *,
     num: int = 3,
-    method: Method = "optimal-denoiser",
+    method: Method = "dp",
     seed: int = 0,
     config: StageConfig = StageConfig(),
     progress: Progress = silent,
@@ -202,7 +202,7 @@ class _Job:
 
     def by_gradient(self, model: Model) -> tuple[StageSearch, None]:
         """Searches with the gradients of a trained network."""
-        cfg, device = self.config, _device(self.config.device)
+        cfg, device = self.config, torch.device(device_of(self.config.device))
         size = min(_GRADIENT_BATCH, cfg.samples)
         num = -(-cfg.samples // size)
         snippets = None if model.bank is None else Snippets(model.bank)
@@ -231,7 +231,7 @@ class _Job:
             self.axis.schedule,
             memory=memory,
             temperature=None if memory is None else cfg.temperature,
-            device=_device(cfg.device),
+            device=torch.device(device_of(cfg.device)),
             tolerance=cfg.tolerance,
         )
 
@@ -312,15 +312,6 @@ def _diffusion(cfg: StageConfig, model: Model | None) -> DiffusionConfig:
         density_mean=cfg.density_mean,
         density_std=cfg.density_std,
     )
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def _record(

@@ -99,8 +99,9 @@ def _axis(values: Sequence[float], log: bool, pad: float) -> _Axis:
     finite = [v for v in values if _drawable(v, log)]
     low, high = (min(finite), max(finite)) if finite else (1.0, 10.0)
     bottom, top = _scaled(low, log), _scaled(high, log)
-    if top - bottom <= 1e-12 * max(abs(top), 1.0):
-        bottom, top, pad = bottom - 0.5, top + 0.5, 0.0
+    if top - bottom <= 1e-12 * max(abs(top), 1.0):  # one value: as much room as it is large
+        room = 0.5 if log else 0.5 * abs(top) or 0.5
+        bottom, top, pad = bottom - room, top + room, 0.0
     start, stop = bottom - pad * (top - bottom), top + pad * (top - bottom)
     if not log and pad and 0 <= bottom < 0.3 * top:
         start = 0.0  # a range that nearly reaches zero is shown from zero

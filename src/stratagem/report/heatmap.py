@@ -54,9 +54,8 @@ def heat_map(
     width, height = _LEFT + _SIDE + _RIGHT, _TOP + _SIDE + _BOTTOM
     return (
         f'<figure class="chart">{caption}<svg role="img" aria-label="{escape(title or value)}" '
-        f'viewBox="0 0 {width} {height}" style="display:block;width:100%;max-width:{width}px" '
-        f'font-size="13">{"".join(body)}</svg><p>{escape(label)} on both axes; shade: '
-        f"{escape(value)}</p></figure>"
+        f'viewBox="0 0 {width} {height}" class="matrix" style="max-width:{width}px">'
+        f"{''.join(body)}</svg><p>{escape(label)} on both axes; shade: {escape(value)}</p></figure>"
     )
 
 

@@ -123,6 +123,8 @@ def _column(column: Sequence[Cell], winner: float | None) -> list[str]:
     if sizes:  # three digits for the least, unless the greatest gets more than five
         least, greatest = (math.floor(math.log10(size)) for size in (min(sizes), max(sizes)))
         decimals = max(min(2 - least, 4 - greatest, 4), 0)
+        while decimals and all(round(s, decimals - 1) == round(s, decimals) for s in sizes):
+            decimals -= 1  # a nought that all of them end in says nothing
     return [_cell(value, decimals, value == winner and winner is not None) for value in column]
 
 

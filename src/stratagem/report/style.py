@@ -70,6 +70,7 @@ border-top:3px solid var(--c)}
 background:var(--c)}
 .legend .dashed.loose i{background:none}
 .listed .legend{display:flex}.listed .name{display:none}
+.matrix{display:block;width:100%;overflow:visible;font-size:13px}
 .scroll{overflow-x:auto;margin:0 -24px}
 table{border-collapse:collapse;width:100%;font-size:.9rem;line-height:1.4;
 font-variant-numeric:tabular-nums lining-nums}
@@ -107,6 +108,7 @@ tr>:first-child{padding-left:16px}
 tr>:last-child{padding-right:16px}
 .legend{display:flex}
 .plot .name{display:none}
+.matrix{font-size:20px}
 .plot{height:260px;width:calc(100% - var(--left) - 8px);margin-right:8px}
 .chart .x-label{margin-right:8px}
 .images,.pairs{width:auto}
