@@ -47,7 +47,9 @@ from stratagem.cli.console import progress_bar
 from stratagem.config import RunConfig, dump, load, parse
 from stratagem.encoders import EncoderName
 from stratagem.errors import InputError, StratagemError
-from stratagem.programs.evaluate import FeatureName, Reference, evaluate_run
+from stratagem.programs.evaluate import evaluate_run
+from stratagem.programs.measures import FeatureName
+from stratagem.programs.reference import Reference
 from stratagem.programs.results import RunResult, read_run
 from stratagem.programs.sample import SampleConfig, SamplerName, make_solver
 from stratagem.programs.train import train
