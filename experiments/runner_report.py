@@ -85,7 +85,7 @@ def _figures(group: Sequence[RunResult], base: Mapping[str, RunResult]) -> Itera
             **last.distances,
             "baseline reached after, % of its images": reached,
             **{f"{m}, held-out snippets": second.get(m) for m in last.distances},
-            "copies, %": 100 * copying["copy_rate"] if copying else None,
+            "near samples, %": 100 * copying["copy_rate"] if copying else None,
             "p of so many": copying.get("p_value"),
             "nearest training image": copying.get("median"),
             "parameters, M": result.cost.parameters / 1e6,

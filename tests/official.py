@@ -12,6 +12,7 @@ from torch import Tensor
 from stratagem.interop.dit import Official
 from stratagem.nets.multi_decoder import MultiDecoder
 from stratagem.nets.transformer import TransformerDecoder, TransformerEncoder
+from stratagem.objective import AlignmentHead
 
 GOLDEN = Path(__file__).parent / "golden"
 PROJECTS = {
@@ -47,3 +48,13 @@ def condition_of(tensors: State) -> State:
     """What a golden network is conditioned on, under the names that ours takes."""
     names = {"label": "inputs/y", "memory": "inputs/c"}
     return {ours: tensors[name] for ours, name in names.items() if name in tensors}
+
+
+def projector(weights: State, official: Official) -> AlignmentHead:
+    """The head that the original was trained with, of which an import has no need."""
+    prefix = f"{official.family.projector}."
+    own = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
+    hidden, width = own["0.weight"].shape
+    head = AlignmentHead(width, len(own["4.weight"]), hidden)
+    head.layers.load_state_dict(own)
+    return head

@@ -6,6 +6,8 @@ record their calls. In float64 they are exact up to rounding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -80,3 +82,8 @@ class FiniteOracle(nn.Module):
         logits = (logits - logits.amax(0)).clamp(min=-80)  # deep underflow is very slow on a CPU
         x = torch.einsum("nb,n...->b...", torch.softmax(logits, 0), data)
         return Prediction(x, (x_t - alpha * x) / sigma)
+
+
+def total_cost(cost: Tensor, cuts: Sequence[int]) -> float:
+    """The cost of the stages between cuts, with cost[i, j] as `partition.split` takes it."""
+    return sum(float(cost[i, j]) for i, j in pairwise([0, *cuts, len(cost) - 1]))

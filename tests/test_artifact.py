@@ -18,6 +18,7 @@ from stratagem.artifact import (
     Manifest,
     TensorDraft,
     fingerprint,
+    kind_of,
     load_json,
     raw_bytes,
     read_folder,
@@ -52,6 +53,17 @@ def test_folder_round_trip(tmp_path: Path) -> None:
     again = read_tensor_file(tmp_path / "f" / "t.safetensors")
     assert all(torch.equal(again[name], TENSORS[name]) for name in TENSORS)
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_foreign_manifests_are_no_artifacts(tmp_path: Path) -> None:
+    assert kind_of(make_folder(tmp_path / "f")) == "thing"
+    assert kind_of(tmp_path) is None
+    for text in ("[1, 2]", '{"kind": "dataset"}', "null"):
+        (tmp_path / MANIFEST).write_text(text)
+        assert kind_of(tmp_path) is None
+    (tmp_path / MANIFEST).write_text("{")
+    with pytest.raises(DamagedArtifact, match=MANIFEST):
+        kind_of(tmp_path)
 
 
 def test_a_plain_tensor_file_is_what_safetensors_writes(tmp_path: Path) -> None:

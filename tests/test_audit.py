@@ -165,6 +165,26 @@ def test_one_space_that_shows_copies_is_enough() -> None:
     assert "30 of 300 samples (10.0 %)" in found.sentence
 
 
+def test_spaces_share_the_level_of_the_test(data: DataSet, tmp_path: Path) -> None:
+    """What one space alone would accuse is by chance in one of several."""
+    real = torch.linspace(1, 2, 300).double()
+    alone = Memorisation(real, torch.zeros(300).long(), real, 1.0, real, real)
+    rank = alone.copied.limit
+    some = torch.cat([torch.zeros(rank), torch.full((300 - rank,), 1.5)]).double()
+    shared = {
+        name: Memorisation(some, torch.zeros(300).long(), real, 1.0, some, real, level=level)
+        for name, level in (("alone", 1e-3), ("shared", 5e-4))
+    }
+    assert 5e-4 < shared["alone"].copied.p_value < 1e-3
+    assert shared["shared"].copied.limit > shared["alone"].copied.limit
+    assert verdict({"pixels": shared["alone"]}).kind == "copies"
+    assert verdict({"pixels": shared["shared"], "effnet": shared["shared"]}).kind != "copies"
+    judge = Judge(data, ("effnet",), device=CPU, scratch=tmp_path)
+    record = judge.audit(Audited(shapes(40, 1), {"samples": "test"})).record()
+    assert {space["level"] for space in record["spaces"].values()} == {5e-4}
+    assert record["protocol"]["level"] == 1e-3
+
+
 def test_sizes_that_differ_are_refused(data: DataSet, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be compared"):
         audit(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), data, tmp_path)

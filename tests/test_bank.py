@@ -256,14 +256,17 @@ def test_no_rows_is_a_lookup_too() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_nothing_mutates(dtype: torch.dtype) -> None:
     labels, held_out = torch.arange(12), torch.zeros(12, dtype=torch.bool)
+    often = torch.arange(12.0).double()
     encoder = {"name": "weighted", "parts": [1, 2]}
     entry = {"edit": "none", "list": [1]}
     changes: dict[str, Any] = {"labels": labels, "held_out": held_out, "history": (entry,)}
-    bank = make(dtype=dtype, encoder=encoder, **changes)
+    bank = make(dtype=dtype, encoder=encoder, frequency=often, **changes)
     before = make(dtype=dtype, labels=torch.arange(12), held_out=torch.zeros(12),
+                  frequency=torch.arange(12.0),
                   history=({"edit": "none", "list": [1]},))  # fmt: skip
 
     labels.fill_(9)
+    often.fill_(9)
     held_out.fill_(True)
     encoder["parts"].append(3)  # type: ignore[attr-defined]
     entry["list"].append(2)  # type: ignore[attr-defined]
@@ -565,6 +568,12 @@ def test_rows_near_are_those_above_the_cosine() -> None:
     assert 100 < len(near) < 4000
     assert rows_near(bank, queries, 0.2).tolist() == near
     assert len(rows_near(bank, queries, -1)) == 5000
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_cosine_of_one_finds_equal_images(dtype: torch.dtype) -> None:
+    bank = make(dtype=dtype)
+    assert rows_near(bank, encode(pixels()), 1.0).tolist() == list(range(12))
 
 
 def test_helpers_are_what_they_say() -> None:

@@ -129,7 +129,7 @@ def test_compress_tells_what_is_lost(run: Run) -> None:
     code, out, _ = run("compress bank --out eight")
     assert code == 0
     lines = out.splitlines()
-    assert lines[0].startswith("eight: 40 images and mirror images, 64 numbers each, int8, 0.0 MB")
+    assert lines[0].startswith("eight: 40 images and mirror images, 64 numbers each, int8, 5.44 kB")
     assert [line.split()[0] for line in lines[1:]] == ["energy", "cosine", "recall@10"]
     code, out, _ = run("compress bank --out near --format low-rank --cosine 0.97 --json")
     facts = json.loads(out)

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from stratagem.cli import VERBS, main
-from stratagem.cli.console import _rate, _time
+from stratagem.cli.console import _Lines, _rate, _time
 from stratagem.data.shards import DataSet
 
 CONFIG = """
@@ -263,6 +263,12 @@ WRONG = {
     "evaluate samples --reference data --features inception --weights run.yaml": "run.yaml",
     "compare runs/plain --out x": "no evaluation",
     "demo --data nowhere --out x": "nowhere",
+    "demo --out run.yaml": "run.yaml: a file is there, and a folder is to be",
+    "train run.yaml --out plain.yaml": "plain.yaml: a file is there, and a folder is to be",
+    "train run.yaml --out x --set seed=1 train.steps=2": "train.steps=2: repeat --set for each",
+    "train run.yaml": "stratagem: Missing from",
+    "sample runs/both --out .": "already exists",
+    "stages data --out .": "already exists",
 }
 
 
@@ -435,4 +441,8 @@ def test_a_signal_leaves_a_run_that_goes_on(
 
 def test_slow_work_shows_a_rate_and_times_that_can_be_read() -> None:
     assert [_rate(rate) for rate in (0.0312, 0.71, 9.7, 1234.0)] == ["0.031", "0.71", "10", "1,234"]
+    lines = _Lines("prepare", "images")
+    lines.first, lines.before, now = 100, (1000.0, 300), 1010.0  # it went on, and read 200 again
+    assert lines._line(350, 600, now) == "prepare: 350 of 600, 5 images/s, 50 s left"
+    assert lines._line(300, 600, now) == "prepare: 300 of 600"
     assert [_time(seconds) for seconds in (7.0, 2820.0, 9000.0)] == ["7 s", "47 min", "2.5 h"]

@@ -198,6 +198,17 @@ def test_fidelity_is_that_of_brute_force() -> None:
     assert 0.2 < sum(shares) / 256 < 0.99
 
 
+def test_fidelity_of_one_row_and_of_a_row_that_is_lost() -> None:
+    one = flat(1)
+    assert fidelity(one, compress(one, "int8")).energy == 1  # there is no variance to lose
+    axis, other = torch.eye(3)[:2]
+    rows = torch.stack([axis, -axis, axis, -axis, other, -other])
+    full = make(6, store=hold(rows[:, None]))
+    found = fidelity(full, compress(full, "low-rank", rank=1))
+    assert found.cosines == pytest.approx({0.0: 0, 0.01: 0, 0.05: 0, 0.5: 1})
+    assert found.energy == pytest.approx(2 / 3)
+
+
 def test_a_bank_stands_for_itself() -> None:
     found = fidelity(flat(noise=0.3), flat(noise=0.3))
     assert found.energy == pytest.approx(1, abs=1e-6)

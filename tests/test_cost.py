@@ -107,7 +107,7 @@ def attention(tokens: int, width: int) -> int:
 
 def test_the_paper_counts_neither_attention_nor_filters() -> None:
     with torch.device("meta"):
-        image = blank_images((3, 32, 32), 0, 0)
+        image = blank_images({"shape": (3, 32, 32), "memory_dim": 0, "num_classes": 0})
         met = Visits((0.2, 0.3, 0.5), (9, 3, 8))  # 20 calls in three stages: the paper's weights
         whole = network_cost(published(), image, met)
     # Eight attentions at 16 x 16 in the encoder, one at 4 x 4 in its middle, one per decoder.
@@ -125,12 +125,13 @@ def test_the_paper_counts_neither_attention_nor_filters() -> None:
 
 def test_a_stage_uses_the_encoder_and_its_decoder() -> None:
     net = network()
-    cost = network_cost(net, blank_images((3, 6, 6), DIM, 0), Visits((0.5, 0.5), (1, 1)))
+    made = {"shape": (3, 6, 6), "memory_dim": DIM, "num_classes": 0}
+    cost = network_cost(net, blank_images(made), Visits((0.5, 0.5), (1, 1)))
     assert cost.parameters == parameters(net)
     shared = parameters(net.encoder)
     assert cost.stage_parameters == tuple(shared + parameters(d) for d in net.decoders)
     one = MultiDecoder(net.encoder, [net.decoders[0]])  # of all stages
-    cost = network_cost(one, blank_images((3, 6, 6), DIM, 0), Visits((0.5, 0.5), (1, 1)))
+    cost = network_cost(one, blank_images(made), Visits((0.5, 0.5), (1, 1)))
     assert cost.stage_parameters == (parameters(one),) * 2
     assert cost.stage_macs[0] == cost.stage_macs[1]
 

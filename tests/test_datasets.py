@@ -20,6 +20,7 @@ from PIL import Image
 from stratagem.data.arrays import pixels
 from stratagem.data.datasets import Reading, digits, open_source, prepare
 from stratagem.data.images import load_image
+from stratagem.data.official import open_data
 from stratagem.data.shards import DataSet
 from stratagem.data.sources import Record
 from stratagem.data.workers import Form, cores, decode_all
@@ -92,6 +93,15 @@ def test_a_folder_becomes_a_data_set(tmp_path: Path) -> None:
     for index, name in enumerate(data.names):
         image = data.images(torch.tensor([index]))[0]
         assert torch.equal(image, load_image(source / name, 16))
+
+
+def test_a_manifest_of_something_else_beside_the_images_is_no_matter(tmp_path: Path) -> None:
+    source = folder(tmp_path / "photos")
+    (source / "manifest.json").write_text("[1, 2]")
+    data = prepare(source, tmp_path / "d", size=16)
+    assert data.num == 6
+    assert [name for name, _ in data.rejected] == ["manifest.json"]
+    assert open_data(tmp_path / "d").fingerprint == data.fingerprint
 
 
 def test_folders_are_rgb_unless_gray_is_asked_for(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from official import HEADS, PROJECTS, TABLES, State, build, condition_of, golden
+from official import HEADS, PROJECTS, TABLES, State, build, condition_of, golden, projector
 from stratagem.denoiser import Denoiser
 from stratagem.errors import InputError
-from stratagem.interop.dit import alignment_head, convert, inspect, reverse_time
+from stratagem.interop.dit import convert, inspect, reverse_time
 from stratagem.nets.cost import parameters
 from stratagem.nets.layers import rotary_table, sincos_positions
 from stratagem.objective import AlignmentHead, Objective
@@ -70,8 +70,7 @@ def test_official_alignment_head_is_loaded(name: str, block: int, output: str) -
     official = inspect(weights, PROJECTS[name], heads=heads)  # type: ignore[arg-type]
     net = build(official, shared=block)
     net.load_state_dict(convert(weights, official, net))
-    head = alignment_head(weights, official)
-    assert isinstance(head, AlignmentHead)
+    head = projector(weights, official)
     x, t = tensors["inputs/x"], tensors["inputs/t"]
     condition = condition_of(tensors)
     t = 1 - t if official.family.from_noise else t
@@ -208,4 +207,3 @@ def test_incomplete_weights_are_no_surprise() -> None:
         inspect({k: v for k, v in weights.items() if not k.startswith("blocks")}, "sit", heads=4)
     official = inspect(weights, "sit", heads=4)
     assert official.learn_sigma
-    assert alignment_head(weights, official) is None

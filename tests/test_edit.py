@@ -329,8 +329,9 @@ def test_impossible_interpolations_are_refused() -> None:
     ]:
         with pytest.raises(InputError, match="linear and spherical take one"):
             blend(first, second, weight, way)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="must be finite"):
-        blend(first, second, float("nan"))
+    for odd in (float("nan"), torch.linspace(0, 1, 3)):
+        with pytest.raises(InputError, match="must be finite, one in all or one for each row"):
+            blend(first[:1], second[:1], odd)
     with pytest.raises(InputError, match="cancel each other"):
         blend(first, -first, 0.5, "linear")
 

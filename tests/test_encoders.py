@@ -399,6 +399,7 @@ def test_a_module_of_another_shape_is_refused() -> None:
         (Means(), {}, "vectors .B, D. need no pool"),
         (Means(vectors=True), {"pool": "cls"}, "tokens .B, L, D. need one"),
         (Means(2), {"pool": "cls"}, "18 tokens: 1 and those of a square"),
+        (Means(2), {"pool": "cls", "prefix": 20}, "18 tokens: 20 and those of a square"),
         (Means(0), {"pool": "cls", "prefix": 0}, "no class token for pool cls"),
     ):
         with pytest.raises(InputError, match=reason):

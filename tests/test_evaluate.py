@@ -212,7 +212,15 @@ def test_statistics_that_do_not_fit_are_refused(tmp_path: Path, cheap: Inception
     np.savez(tmp_path / "b.npz", mu=np.zeros(5))
     with pytest.raises(InputError, match="no sigma"):
         read_statistics(tmp_path / "b.npz")
+    np.savez(tmp_path / "e.npz", mu=np.array([None]), sigma=np.zeros((1, 1)))
+    with pytest.raises(InputError, match=r"e\.npz holds no statistics that can be read"):
+        read_statistics(tmp_path / "e.npz")
     np.savez(tmp_path / "c.npz", mu=np.zeros(5), sigma=np.zeros((5, 5)))
+    damaged = bytearray((tmp_path / "c.npz").read_bytes())
+    damaged[190] ^= 1  # inside mu
+    (tmp_path / "f.npz").write_bytes(damaged)
+    with pytest.raises(InputError, match="Bad CRC"):
+        read_statistics(tmp_path / "f.npz")
     found = read_statistics(tmp_path / "c.npz")
     assert found is not None
     assert isinstance(found.pooled, Statistics)

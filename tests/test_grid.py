@@ -79,6 +79,16 @@ def test_bad_grids_are_refused(kind: Any, options: dict[str, Any]) -> None:
         time_grid(4, kind, **options)
     with pytest.raises(InputError, match="num_steps"):
         time_grid(0)
+    with pytest.raises(InputError, match="last_step has no effect on a single step"):
+        time_grid(1, "uniform", last_step=0.1)
+
+
+@pytest.mark.parametrize("shift", [1e-17, 0.1, 0.3, 1 / 0.3, 7.0])
+def test_any_shift_starts_at_the_noise_end(shift: float) -> None:
+    """0.1 / (1 + (0.1 - 1)) is a hair above 1 in floating point, where no solver starts."""
+    grid = time_grid(5, "shifted", shift=shift)
+    assert (grid[0], grid[-1]) == (1, 0)
+    assert (grid.diff() < 0).all()
 
 
 @pytest.mark.parametrize(

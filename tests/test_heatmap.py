@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stratagem.report.agreement import FRAMES, agreement_chart, agreement_map
 from stratagem.report.heatmap import heat_map
 from test_report import EVIL, Reader
 
@@ -76,3 +77,16 @@ def test_only_colours_of_the_page_are_used() -> None:
     html = heat_map(torch.eye(3), label="time", value="agreement")
     assert "#" not in html
     assert "var(--c1)" in html
+
+
+def test_agreement_is_shown_as_a_file_of_stages_keeps_it() -> None:
+    half = {"times": [0.0, 0.5, 1.0], "to_clean": [1.0, 0.5, 0.0], "to_noise": [0.0, 0.5, 1.0]}
+    curves = half | {"to_clean_se": [0.0, 0.1, 0.0], "to_noise_se": [0.0, 0.0, 0.0]}
+    html = agreement_chart({"": curves, ", no snippet": curves}, (0.25, 0.75))
+    page = Reader(html)
+    assert len(page.all("polyline")) == len(page.all("polygon")) == 4
+    for words in ("clean end, no snippet", "noise end", "edge 2", "0.5 (0.3 to 0.7)"):
+        assert words in html
+    frames = Reader(agreement_map(torch.eye(4), (0.25, 0.75), value="cosine", title="Above"))
+    assert "shade: cosine" in " ".join(frames.text("p"))
+    assert FRAMES.startswith("Frames are the stages")

@@ -18,6 +18,7 @@ from stratagem.cli import main
 from stratagem.config import AlignConfig, ModelConfig, RunConfig
 from stratagem.data.codecs import LatentCodec, PixelCodec, sums_of
 from stratagem.data.datasets import open_source, prepare, reread
+from stratagem.data.disk import disk_bytes
 from stratagem.data.latents import (
     Autoencoder,
     Moments,
@@ -26,7 +27,7 @@ from stratagem.data.latents import (
     Statistics,
 )
 from stratagem.data.shards import DataSet
-from stratagem.data.writing import Sample, Source, disk_bytes, write_dataset
+from stratagem.data.writing import Sample, Source, write_dataset
 from stratagem.density import Uniform
 from stratagem.errors import InputError
 from stratagem.memory.bank import MemoryBank

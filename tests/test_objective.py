@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from stratagem.denoiser import Denoiser
+from stratagem.denoiser import Denoiser, Parameterization
 from stratagem.errors import InputError
 from stratagem.nets.cost import parameters
 from stratagem.objective import AlignmentHead, Losses, Objective
@@ -74,6 +75,23 @@ def test_edm_weight_is_that_of_the_paper() -> None:
     )
     losses = Objective(denoiser)(x, eps, t)
     assert_near(losses.denoise, target.square().flatten(1).mean(1), 1e-6)
+
+
+def test_edm_weight_is_finite_at_both_ends() -> None:
+    """The weight is 1 / sigma_data^2 where alpha is 0; where sigma is, there is no error."""
+    x, eps = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4)
+    objective = Objective(Denoiser(Fixed(torch.zeros_like(x)), Linear(), "edm"))
+    losses = objective(x, eps, torch.tensor([0.0, 1.0]))
+    assert losses.denoise[0] == 0
+    assert_near(losses.denoise[1], (x[1] / 0.5).square().mean(), FLOAT32)
+
+
+def test_an_angle_nobody_wants_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stratagem.objective.cosine_similarity", None)
+    x, eps, t = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4), torch.tensor([0.2, 0.7])
+    for parameterization in get_args(Parameterization):
+        denoiser = Denoiser(Fixed(x), Linear(), parameterization)
+        assert Objective(denoiser)(x, eps, t).denoise.isfinite().all()
 
 
 # --- alignment -----------------------------------------------------------------------------------

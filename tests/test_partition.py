@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from oracles import total_cost
 from stratagem import randomness
 from stratagem.clustering.partition import (
     affinity_cost,
@@ -17,7 +18,6 @@ from stratagem.clustering.partition import (
     split,
     spread_cost,
     thresholds,
-    total_cost,
     within_cost,
 )
 from stratagem.errors import InputError

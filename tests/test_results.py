@@ -9,7 +9,7 @@ import pytest
 from banks import flat
 from stratagem.config import RunConfig
 from stratagem.errors import InputError
-from stratagem.programs.compare import result_sections
+from stratagem.programs.compare import result_sections, speed_sentence
 from stratagem.programs.results import _setting, join_seeds
 from stratagem.train import TrainConfig
 from test_demo import result
@@ -53,6 +53,16 @@ def test_only_seed_and_threads_may_differ() -> None:
     base = RunConfig(data="d")
     assert _setting(base) == _setting(RunConfig(data="d", seed=3, train=TrainConfig(threads=1)))
     assert _setting(base) != _setting(RunConfig(data="d", train=TrainConfig(batch_size=7)))
+
+
+def test_a_run_that_was_not_trained_here_is_compared_too() -> None:
+    """An imported network has no log and saw no images of ours."""
+    imported = replace(result("official", {0: 0.4}), rate=None)
+    assert speed_sentence([imported, imported]).endswith("official reaches it after 0.")
+    page = {s.title: s for s in result_sections([imported, result("plain", {100: 0.8})])}
+    assert "official" in page["All figures"].body
+    (joined,) = join_seeds([replace(imported, setting="a"), replace(imported, setting="a")])
+    assert joined.rate is None
 
 
 def test_the_page_shows_bands_fronts_and_the_bank() -> None:

@@ -47,11 +47,9 @@ def model(channels: int = 1, weight: float = 0.5) -> Model:
     return Model(
         denoiser=Denoiser(network, Linear(), "v"),
         config=RunConfig(data="data"),
-        shape=(channels, 4, 4),
-        num_classes=0,
+        made={"shape": (channels, 4, 4), "num_classes": 0, "data": ""},
         bank=None,
         step=7,
-        data="",
         path=Path("run"),
         finish=Finish((channels, 4, 4)),
     )

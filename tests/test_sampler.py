@@ -14,7 +14,7 @@ from stratagem.errors import InputError
 from stratagem.randomness import normal_rows
 from stratagem.sampler import (
     DDIM,
-    DPMSolver2M,
+    DPMMultistep,
     Euler,
     EulerMaruyama,
     Heun,
@@ -32,7 +32,7 @@ DETERMINISTIC = {
     "DDIM": DDIM(),
     "Heun time": Heun("time"),
     "Heun sigma": Heun("sigma"),
-    "2M": DPMSolver2M(),
+    "2M": DPMMultistep(2),
 }
 STOCHASTIC = {"EulerMaruyama": EulerMaruyama(), "StochasticHeun": StochasticHeun()}
 ALL = DETERMINISTIC | STOCHASTIC

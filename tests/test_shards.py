@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import itertools
 import json
 import os
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from stratagem.data.codecs import Codec, PixelCodec
+from stratagem.data.disk import amount, disk_bytes, require_room
 from stratagem.data.images import to_float
 from stratagem.data.shards import KIND, DataSet, Rows, shard_name
 from stratagem.data.writing import (
@@ -28,9 +30,7 @@ from stratagem.data.writing import (
     Rejected,
     Sample,
     Source,
-    disk_bytes,
     items_of,
-    require_room,
     write_dataset,
 )
 from stratagem.errors import DamagedArtifact, InputError
@@ -255,6 +255,25 @@ def test_progress_counts_images(tmp_path: Path) -> None:
     assert seen == [1, 2, 3, 4]
 
 
+def test_a_disk_that_gives_less_than_asked_for_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reads from a network file system may be cut short, by a signal for one."""
+    data = write(tmp_path / "d", pixels(40))
+    whole = data.images(torch.arange(40))
+
+    class Slow(io.FileIO):
+        def readinto(self, buffer: Any) -> int:
+            return super().readinto(memoryview(buffer)[:7]) or 0
+
+    def opened(path: Path, mode: str, buffering: int = -1) -> Any:
+        raw = Slow(path, mode)
+        return raw if buffering == 0 else io.BufferedReader(raw, 8)
+
+    monkeypatch.setattr(Path, "open", opened)
+    assert torch.equal(torch.cat(list(data.batches(16))), whole)
+
+
 def test_no_images_is_an_error_that_names_the_cause(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no images in test"):
         write(tmp_path / "d", pixels(0))
@@ -342,7 +361,11 @@ def test_a_killed_writing_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     assert data.fingerprint == whole.fingerprint
     assert taken[0] in {23, 29}  # the fifth shard was on its way to the disk, or there
     assert taken == list(range(taken[0], 40))
-    assert seen == [number + 1 for number in taken]
+    assert seen[-len(taken) :] == [number + 1 for number in taken]
+    read_again = seen[: -len(taken)]
+    assert len(read_again) >= 4
+    assert read_again == sorted(read_again)
+    assert read_again[-1] == taken[0]
     assert data.rejected == [(f"n/{number}", "bad") for number in range(3, 40, 7)]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "w"]
     assert not [p for p in (tmp_path / "d").iterdir() if p.name[0] == "."]
@@ -428,13 +451,12 @@ def test_the_estimate_is_what_is_written(tmp_path: Path) -> None:
 def test_a_disk_that_cannot_hold_it_is_refused_at_once(tmp_path: Path) -> None:
     seen: list[int] = []
     source = Source("test", ["a", "b"], samples(pixels()), total=10**13)
-    with pytest.raises(
-        InputError, match=r"d would take 1880000\.0 GB, and the disk has .* GB free"
-    ):
+    with pytest.raises(InputError, match=r"d would take 1\.88e\+03 TB, and the disk has .* free"):
         write_dataset(tmp_path / "d", source, flip=True, progress=seen.append)
     assert not seen
     assert list(tmp_path.iterdir()) == []
     require_room(tmp_path / "d", 10)
+    assert [amount(n) for n in (999, 1e3, 2.5e12)] == ["999 bytes", "1 kB", "2.5 TB"]
 
 
 def test_large_data_is_not_read_through_at_every_opening(

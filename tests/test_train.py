@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stratagem import checkpoint
+from stratagem.artifact import read_record, write_record
 from stratagem.assemble import Model, Parts, assemble, make_density, make_schedule, open_run
 from stratagem.batches import AlignTokens, Batch, Batches, Conditions, Snippets
 from stratagem.checkpoint import Checkpoint, list_steps, load, load_latest, lock, save
@@ -167,6 +168,11 @@ def test_a_run_may_be_prolonged_but_not_changed(config: RunConfig, tmp_path: Pat
     ]:
         with pytest.raises(InputError, match=message):
             train(dataclasses.replace(longer, **change), tmp_path / "run")
+    made = read_record(tmp_path / "run" / "run.json", "run").meta
+    del made["stages"]  # as of a version that knew nothing of it
+    write_record(tmp_path / "run" / "run.json", "run", made, replace=True)
+    with pytest.raises(InputError, match=r"other input \(stages changed\)"):
+        train(longer, tmp_path / "run")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").write_text("mine")
     with pytest.raises(InputError, match=r"letter\.txt"):

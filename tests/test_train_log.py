@@ -114,6 +114,16 @@ def test_a_log_goes_on_behind_a_line_that_was_cut_off(config: RunConfig, tmp_pat
     assert read_log(path)[-1]["loss"] == 1.5  # a mean over steps 3 and 4
 
 
+def test_lines_of_a_continued_run_have_their_keys_in_the_same_order(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    weighty = with_train(config, cosine_weight=0.5, log_every=2)
+    killed_at(4, weighty, tmp_path / "run")  # the line of step 4 is begun before the checkpoint
+    train(weighty, tmp_path / "run")
+    orders = [list(line) for line in read_log(tmp_path / "run" / "metrics.jsonl")]
+    assert orders == [orders[0]] * 4
+
+
 def test_tensorboard_has_each_step_once(config: RunConfig, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

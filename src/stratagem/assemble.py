@@ -97,11 +97,9 @@ class Model:
     Attributes:
         denoiser: With the weights of one checkpoint, in eval mode.
         config: The run's configuration.
-        shape: (C, H, W) of an image, or of a latent.
-        num_classes: Classes of the label condition, 0 without.
+        made: What it was made from, `Parts.description`.
         bank: Its memory bank, or None.
         step: Of the checkpoint.
-        data: Fingerprint of the data set it was trained on.
         path: The run's folder.
         finish: Makes samples of what the network gives.
         ema_std: Of the average that the weights are; None for the exponential one.
@@ -109,14 +107,28 @@ class Model:
 
     denoiser: Denoiser
     config: RunConfig
-    shape: tuple[int, int, int]
-    num_classes: int
+    made: dict[str, Any]
     bank: MemoryBank | None
     step: int
-    data: str
     path: Path
     finish: Finish
     ema_std: float | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image, or of a latent."""
+        channels, height, width = self.made["shape"]
+        return channels, height, width
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the label condition, 0 without."""
+        return self.made["num_classes"]
+
+    @property
+    def data(self) -> str:
+        """Fingerprint of the data set it was trained on; empty where that is not known."""
+        return self.made["data"]
 
 
 def assemble(run: RunConfig) -> Parts:
@@ -231,18 +243,9 @@ def open_run(
     if saved.step < warm:  # one still serves all stages
         assert isinstance(denoiser.backbone, MultiDecoder)
         part_decoders(denoiser.backbone)
-    return Model(
-        denoiser.eval().requires_grad_(False),
-        run,
-        tuple(made["shape"]),
-        made["num_classes"],
-        _bank_of(run, made, bank),
-        saved.step,
-        made["data"],
-        path,
-        finish_of(made, autoencoder),
-        ema_std,
-    )
+    held, finish = _bank_of(run, made, bank), finish_of(made, autoencoder)
+    denoiser.eval().requires_grad_(False)
+    return Model(denoiser, run, made, held, saved.step, path, finish, ema_std)
 
 
 def make_schedule(name: str) -> NoiseSchedule:

@@ -28,12 +28,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from stratagem.artifact import (
-    read_folder,
-    read_tensor_file,
-    write_folder,
-    write_tensor_file,
-)
+from stratagem.artifact import read_folder, read_tensor_file, write_folder, write_tensor_file
 from stratagem.distributed import World, full, write_shards
 from stratagem.errors import DamagedArtifact, InputError
 
@@ -97,7 +92,7 @@ def save(
             if world.rank == 0:
                 writing = write_folder(path, KIND, meta, replace=True)
                 draft = stack.enter_context(writing)
-                (draft / "state.json").write_text(json.dumps(checkpoint.state, sort_keys=True))
+                (draft / "state.json").write_text(json.dumps(checkpoint.state))
                 for group in () if sharded else tensors:
                     write_tensor_file(draft / f"{group}.safetensors", tensors[group])
         if sharded:

@@ -116,7 +116,7 @@ class Denoiser(nn.Module):
             index = self.stages.index(self.schedule.log_snr(t))
             condition["stage"] = index if t.ndim else int(index)
         c_in, time = self._network_input(t)
-        time = time.to(x_t).expand(len(x_t))
+        time = x_t.new_zeros(len(x_t)).add_(time)  # of a time on the host a GPU needs no copy
         output = self.backbone(expand(c_in, x_t) * x_t, time, **condition).to(x_t.dtype)
         m = _Map(*(expand(entry, x_t) for entry in self._map(t)))
         return Prediction(m.x_in * x_t + m.x_out * output, m.eps_in * x_t + m.eps_out * output)

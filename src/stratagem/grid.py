@@ -84,6 +84,8 @@ def time_grid(num_steps: int, kind: GridKind = "uniform", **options: Any) -> Ten
 
 def _power_grid(num_steps: int, power: int, last_step: float | None = None) -> Tensor:
     """The grids that are uniform in a root of t."""
+    if last_step is not None and num_steps == 1:
+        raise InputError("time grid: last_step has no effect on a single step: leave it out")
     root = 1 / num_steps if last_step is None else max(0.0, last_step) ** (1 / power)
     if not (0 < root < 1 or root == num_steps == 1):
         raise InputError(f"time grid: last_step={last_step}: give a number between 0 and 1")
@@ -95,7 +97,9 @@ def _shifted_grid(num_steps: int, shift: float = 3.0) -> Tensor:
     if not 0 < shift < math.inf:
         raise InputError(f"time grid: shift={shift}: give a number above 0")
     u = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
-    return shift * u / (1 + (shift - 1) * u)
+    grid = shift * u / (1 + (shift - 1) * u)
+    grid[0] = 1.0  # for a shift such as 0.1, rounding leaves the first a hair above 1
+    return grid
 
 
 def _sigma_grid(

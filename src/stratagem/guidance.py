@@ -18,7 +18,7 @@ a leftover of pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,17 +27,9 @@ from stratagem.denoiser import Prediction, Predictor
 from stratagem.errors import InputError
 from stratagem.schedule import NoiseSchedule
 
-__all__ = ["Autoguidance", "ClassifierFree", "Guided", "Interval"]
+__all__ = ["Autoguidance", "ClassifierFree", "Interval"]
 
 _NULLABLE = ("memory", "label")
-
-
-class Guided(Predictor, Protocol):
-    """A guided predictor that says what it guides."""
-
-    @property
-    def denoiser(self) -> Predictor:
-        """The main predictor."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +79,8 @@ class ClassifierFree:
                 for name, value in condition.items()
             }
             both = self.denoiser(torch.cat((x_t, x_t)), _stack(t, t, num), **double)
-            main, reference = (
-                Prediction(*parts) for parts in zip(*map(_halves, both), strict=True)
-            )
+            halves = zip(*(part.chunk(2) for part in both), strict=True)
+            main, reference = (Prediction(*half) for half in halves)
         else:
             main = self.denoiser(x_t, t, **condition)
             reference = self.denoiser(x_t, t, **(condition | dict.fromkeys(given)))
@@ -159,7 +150,7 @@ class Interval:
         InputError: If not 0 <= low <= high <= 1.
     """
 
-    guided: Guided
+    guided: ClassifierFree | Autoguidance
     low: float = 0.0
     high: float = 1.0
 
@@ -172,20 +163,15 @@ class Interval:
         """The schedule of the guided predictor."""
         return self.guided.schedule
 
-    @property
-    def denoiser(self) -> Predictor:
-        """The main predictor."""
-        return self.guided.denoiser
-
     def __call__(self, x_t: Tensor, t: Tensor, **condition: Any) -> Prediction:
         """Predicts from x_t (B, *) at t, shape () or (B,); each row by its own time."""
         inside = (t >= self.low) & (t <= self.high)
         if inside.all():
             return self.guided(x_t, t, **condition)
         if not inside.any():
-            return self.denoiser(x_t, t, **condition)
+            return self.guided.denoiser(x_t, t, **condition)
         x, eps = torch.empty_like(x_t), torch.empty_like(x_t)
-        for rows, predict in ((inside, self.guided), (~inside, self.denoiser)):
+        for rows, predict in ((inside, self.guided), (~inside, self.guided.denoiser)):
             own = {name: _rows(value, rows) for name, value in condition.items()}
             x[rows], eps[rows] = predict(x_t[rows], t[rows], **own)
         return Prediction(x, eps)
@@ -207,11 +193,6 @@ def _stack(first: Any, second: Any, num: int) -> Any:
     if isinstance(first, Tensor) and first.shape[:1] == (num,):
         return torch.cat((first, second))
     return first
-
-
-def _halves(both: Tensor) -> tuple[Tensor, Tensor]:
-    first, second = both.chunk(2)
-    return first, second
 
 
 def _rows(value: Any, rows: Tensor) -> Any:

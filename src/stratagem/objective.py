@@ -32,6 +32,8 @@ from stratagem.schedule import expand
 
 __all__ = ["AlignmentHead", "Losses", "Objective"]
 
+_SIGMA_FLOOR = 1e-12
+
 
 class Losses(NamedTuple):
     """Per-example losses, each of shape (B,)."""
@@ -134,9 +136,11 @@ class Objective(nn.Module):
         told = {} if stage is None else {"stage": stage}
         with self._tokens() as tokens:
             prediction = self.denoiser(schedule.perturb(x, eps, t), t, **condition, **told)
-        v = schedule.velocity(x, eps, t)
-        v_hat = schedule.velocity(prediction.x, prediction.eps, t)
-        match self.denoiser.parameterization:
+        kind = self.denoiser.parameterization
+        if kind == "v" or self.cosine:
+            v = schedule.velocity(x, eps, t)
+            v_hat = schedule.velocity(prediction.x, prediction.eps, t)
+        match kind:
             case "v":
                 error = v_hat - v
             case "eps":
@@ -145,10 +149,9 @@ class Objective(nn.Module):
                 error = prediction.x - x
             case "edm":
                 error = (prediction.x - x) * self._edm_weight(t, x).sqrt()
-        cosine = (1 - cosine_similarity(v_hat, v, dim=1)).flatten(1).mean(1)
         return Losses(
             error.square().flatten(1).mean(1),
-            cosine if self.cosine else None,
+            (1 - cosine_similarity(v_hat, v, dim=1)).flatten(1).mean(1) if self.cosine else None,
             None if align is None else self._alignment(tokens, align),
         )
 
@@ -186,7 +189,12 @@ class Objective(nn.Module):
         return -cosine_similarity(z, align, dim=-1).mean(1)
 
     def _edm_weight(self, t: Tensor, like: Tensor) -> Tensor:
-        """lambda(sigma) = (sigma^2 + sigma_d^2) / (sigma sigma_d)^2, EDM Table 1."""
+        """lambda(sigma) = (sigma^2 + sigma_d^2) / (sigma sigma_d)^2 of sigma / alpha, EDM Table 1.
+
+        Multiplied by alpha^2 above and below, for alpha may be 0; where sigma is, x is known and
+        the error is 0 whatever the network says, which a finite weight keeps.
+        """
         schedule, data = self.denoiser.schedule, self.denoiser.sigma_data
-        sigma = expand(schedule.sigma(t) / schedule.alpha(t), like)
-        return (sigma**2 + data**2) / (sigma * data) ** 2
+        alpha, sigma = expand(schedule.alpha(t), like), expand(schedule.sigma(t), like)
+        sigma = sigma.clamp(min=_SIGMA_FLOOR)
+        return (sigma**2 + (alpha * data) ** 2) / (sigma * data) ** 2

@@ -292,9 +292,14 @@ class SqrtLinear(NoiseSchedule):
                 f"num_steps={self.num_steps}: give 0 < beta_min <= beta_max < 1 and two steps"
             )
 
+    def _knots(self, like: Tensor) -> Tensor:
+        return _sqrt_linear_knots(
+            self.beta_min, self.beta_max, self.num_steps, like.dtype, like.device
+        )
+
     def _line(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Returns log alpha and its derivative."""
-        knots = _sqrt_linear_knots(self.beta_min, self.beta_max, self.num_steps).to(t)
+        knots = self._knots(t)
         step = t * (self.num_steps - 1)
         before = step.floor().clamp(0, self.num_steps - 2).long()
         slope = knots[before + 1] - knots[before]
@@ -316,7 +321,7 @@ class SqrtLinear(NoiseSchedule):
 
     def time_of(self, log_snr: Tensor) -> Tensor:
         """Returns the time on the line between two steps; alpha^2 = sigmoid(log_snr)."""
-        knots = _sqrt_linear_knots(self.beta_min, self.beta_max, self.num_steps).to(log_snr)
+        knots = self._knots(log_snr)
         log_alpha = logsigmoid(log_snr) / 2
         after = torch.searchsorted(-knots, -log_alpha).clamp(1, self.num_steps - 1)
         part = (log_alpha - knots[after - 1]) / (knots[after] - knots[after - 1])
@@ -324,7 +329,9 @@ class SqrtLinear(NoiseSchedule):
 
 
 @functools.cache
-def _sqrt_linear_knots(beta_min: float, beta_max: float, num_steps: int) -> Tensor:
-    """Log alpha after each step, float64."""
+def _sqrt_linear_knots(
+    beta_min: float, beta_max: float, num_steps: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Log alpha after each step; kept where it is needed, as a GPU would wait for each copy."""
     root = torch.linspace(beta_min**0.5, beta_max**0.5, num_steps, dtype=torch.float64)
-    return torch.log1p(-(root**2)).cumsum(0) / 2
+    return (torch.log1p(-(root**2)).cumsum(0) / 2).to(device, dtype)

@@ -298,6 +298,10 @@ def _update(optimizer: Optimizer, rate: float, skip: Tensor, *, on_device: bool)
 
 def prepare_blocks(blocks: Sequence[nn.Module], cfg: TrainConfig) -> None:
     """Changes how blocks run, and none of their names."""
+    if cfg.compile:
+        # Of one function, which all blocks share, torch makes 8 graphs and runs the rest as it is:
+        # too few for the widths and sides of a U-Net, or of decoders whose rows change.
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit
     for block in blocks:
         if cfg.activation_checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -16,7 +16,7 @@ has an equal fingerprint whenever and wherever it was made. Metadata therefore h
 
 from __future__ import annotations
 
-from stratagem.artifact.folders import MANIFEST, read_folder, write_folder
+from stratagem.artifact.folders import MANIFEST, kind_of, read_folder, write_folder
 from stratagem.artifact.manifest import (
     Manifest,
     fingerprint,
@@ -43,6 +43,7 @@ __all__ = [
     "Manifest",
     "TensorDraft",
     "fingerprint",
+    "kind_of",
     "load_json",
     "raw_bytes",
     "read_folder",

@@ -19,6 +19,7 @@ from stratagem.artifact.manifest import (
     FORMAT,
     Manifest,
     flush,
+    load_json,
     parse,
     read_body,
     refuse_existing,
@@ -26,7 +27,7 @@ from stratagem.artifact.manifest import (
 )
 from stratagem.errors import DamagedArtifact, InputError
 
-__all__ = ["MANIFEST", "read_folder", "write_folder"]
+__all__ = ["MANIFEST", "kind_of", "read_folder", "write_folder"]
 
 MANIFEST = "manifest.json"
 _UNSIGNED = {"kind", "format", "meta", "files"}  # manifests of before had no sum of their own
@@ -106,6 +107,17 @@ def _staying(path: Path, origin: str) -> Iterator[Path]:
         finally:
             if not draft.exists():
                 note.unlink(missing_ok=True)
+
+
+def kind_of(path: Path) -> str | None:
+    """Says what folder artifact is at a path; None of a folder that is none of ours.
+
+    Raises:
+        DamagedArtifact: If its manifest is truncated.
+    """
+    manifest = path / MANIFEST
+    body = load_json(manifest) if manifest.is_file() else None
+    return body["kind"] if isinstance(body, dict) and {"kind", "format"} <= body.keys() else None
 
 
 def read_folder(path: Path, kind: str, *, verify: bool | Callable[[str], bool] = True) -> Manifest:

@@ -89,7 +89,10 @@ def _run(verb: str, words: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
+        reason = error.strerror or str(error)
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            reason = "a file is there, and a folder is to be: choose another name"
+        return _fail(f"{error.filename or 'a file'}: {reason}", 2)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
             raise
@@ -125,8 +128,10 @@ def _parse(verb: str, words: list[str]) -> Callable[[], None]:
             raise
         text = re.sub(r"[\u2500-\u257f]|-{3,}", " ", messages.getvalue())  # the frame around it
         reason = " ".join(text.partition("For full helptext")[0].split()).rstrip(".")
-        reason = reason.removeprefix("Invalid choice ")  # a title that says what follows
-        raise InputError(f"{reason}; see  stratagem {verb} --help") from None
+        reason = re.sub("^(Invalid choice|(Unrecognized|Required) options) (?=[iUM])", "", reason)
+        again = "--set" in words and re.match(r"Unrecognized options: [\w.]+=", reason)
+        hint = ": repeat --set for each" if again else ""
+        raise InputError(f"{reason}{hint}; see  stratagem {verb} --help") from None
 
 
 def _help(function: Callable[..., None]) -> str:

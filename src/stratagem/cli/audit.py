@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json as json_module
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 from tyro.conf import Positional
 
-from stratagem.cli.console import progress_bar, say
+from stratagem.cli.console import progress_bar, say, say_json
 from stratagem.cli.opening import Opened, Opening
 from stratagem.data.shards import DataSet
 from stratagem.distributed import connect
 from stratagem.encoders import EncoderName
 from stratagem.errors import InputError
+from stratagem.programs import Device
 from stratagem.programs.audit import Audit, Judge
 from stratagem.programs.audit_page import audit_page
 from stratagem.programs.audited import audited_run, audited_samples
+from stratagem.programs.reference import cache_beside
 from stratagem.programs.sample import SampleConfig
 from stratagem.report.page import save_page
 
@@ -37,7 +38,7 @@ def audit(
     config: Annotated[SampleConfig, tyro.conf.arg(name="")] = _SAMPLING,
     opening: Opened = _OPENING,
     cache: Path | None = None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: Device = "auto",
     json: Path | None = None,
 ) -> None:
     """Says whether samples are copies of training images, and shows the closest pairs.
@@ -80,7 +81,7 @@ def audit(
             encoder_weights,
             device=world.device,
             scratch=out.parent,
-            cache=cache or data.with_name(f"{data.name}.statistics"),
+            cache=cache or cache_beside(data),
         )
         if run:
             model = opening.model(target, world.device)
@@ -93,7 +94,7 @@ def audit(
             found = judge.audit(audited, progress=progress)
     save_page(out, audit_page(found))
     if json is not None:
-        json.write_text(json_module.dumps(found.record(), indent=1) + "\n")
+        say_json(found.record(), json)
     _print(found, out)
 
 

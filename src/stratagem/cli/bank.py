@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from stratagem.cli.console import progress_bar, say
+from stratagem.cli.console import progress_bar, say, say_json
+from stratagem.data.disk import amount
 from stratagem.encoders import EncoderName, Pool
 from stratagem.memory.bank import MemoryBank
 from stratagem.memory.interpolate import Way
@@ -16,7 +16,6 @@ from stratagem.memory.store import LowRank
 from stratagem.programs import Device
 from stratagem.programs.bank import (
     Added,
-    Neighbours,
     add_to_bank,
     build_bank,
     compress_bank,
@@ -124,7 +123,7 @@ def info(bank: Positional[Path], /, json: bool = False) -> None:
     """
     facts = MemoryBank.load(bank).info()
     if json:
-        say(json_module.dumps(facts, indent=1))
+        say_json(facts)
         return
     history = facts.pop("history")
     for name, value in facts.items():
@@ -172,9 +171,9 @@ def compress(
         )
     if json:
         facts: dict[str, Any] = {"bytes": small.nbytes, "format": small.format, **kept._asdict()}
-        say(json_module.dumps({**facts, "edit": small.history[-1]}, indent=1))
+        say_json({**facts, "edit": small.history[-1]})
         return
-    say(f"{out}: {_size(small)}, was {MemoryBank.load(bank, verify=False).nbytes / 1e6:,.1f} MB")
+    say(f"{out}: {_size(small)}, was {amount(MemoryBank.load(bank, verify=False).nbytes)}")
     say(f"energy kept  {kept.energy:.4f}")
     quantiles = ", ".join(f"{_share(q)} {value:.4f}" for q, value in kept.cosines.items())
     say(f"cosine       {quantiles}")
@@ -213,7 +212,7 @@ def add(
     if json:
         lost = added.residuals.amax(1).tolist()
         facts = {"num": added.bank.num, "added": added.num, "residuals": lost}
-        say(json_module.dumps({**facts, "rejected": added.rejected}, indent=1))
+        say_json({**facts, "rejected": added.rejected})
         return
     say(f"{out}: {_size(added.bank)}; {added.num} added{_lost(added)}")
     for name, cause in added.rejected:
@@ -324,32 +323,18 @@ def nearest(
     with progress_bar("bank nearest", "images") as progress:
         found = nearest_in_bank(bank, images, num, weights=encoder_weights, progress=progress)
     if json:
-        say(json_module.dumps(_neighbours(found), indent=1))
+        say_json(found)
         return
-    for line in _neighbours(found):
+    for line in found:
         for near in line["rows"]:
             say(f"{line['image']}  row {near['row']}  cosine {near['cosine']:.4f}  {near['id']}")
-
-
-def _neighbours(found: Neighbours) -> list[dict[str, Any]]:
-    lines = zip(found.names, found.rows.tolist(), found.cosines.tolist(), found.ids, strict=True)
-    return [
-        {
-            "image": name,
-            "rows": [
-                {"row": row, "cosine": cosine, "id": own}
-                for row, cosine, own in zip(rows, cosines, ids, strict=True)
-            ],
-        }
-        for name, rows, cosines, ids in lines
-    ]
 
 
 def _size(bank: MemoryBank) -> str:
     mirrored = " and mirror images" if bank.flips else ""
     codec = bank.store.codec
     rank = f" of rank {codec.rank}" if isinstance(codec, LowRank) else ""
-    stored = f"{bank.format}{rank}, {bank.nbytes / 1e6:,.1f} MB"
+    stored = f"{bank.format}{rank}, {amount(bank.nbytes)}"
     return f"{bank.num:,} images{mirrored}, {bank.dim} numbers each, {stored}"
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json as json_module
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from tyro.conf import Positional, UseAppendAction
 
-from stratagem.cli.console import progress_bar, say
+from stratagem.cli.console import progress_bar, say, say_json
 from stratagem.config import load
 from stratagem.errors import InputError
 from stratagem.programs.bench import SampleSpeed, Speed, bench_sample, bench_train
@@ -56,7 +55,7 @@ def train(
         if not json:
             say("\n".join(_training(path, speed)))
     if json:
-        say(json_module.dumps({name: dataclasses.asdict(s) for name, s in found.items()}, indent=1))
+        say_json({name: dataclasses.asdict(s) for name, s in found.items()})
 
 
 def sample(
@@ -93,7 +92,7 @@ def sample(
         if not json:
             say("\n".join(_sampling(path, speed)))
     if json:
-        say(json_module.dumps({name: dataclasses.asdict(s) for name, s in found.items()}, indent=1))
+        say_json({name: dataclasses.asdict(s) for name, s in found.items()})
 
 
 def _some(configs: tuple[Path, ...]) -> tuple[Path, ...]:

@@ -6,10 +6,13 @@ Progress goes to stderr and results to stdout, so that results can be piped.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -25,7 +28,7 @@ from rich.text import Text
 
 from stratagem.programs import Progress as ProgressCallback
 
-__all__ = ["progress_bar", "say"]
+__all__ = ["progress_bar", "say", "say_json"]
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -33,6 +36,16 @@ _SECONDS_BETWEEN_LINES = 10.0
 def say(text: str) -> None:
     """Prints a line of result."""
     print(text, flush=True)
+
+
+def say_json(body: Any, file: Path | None = None) -> None:
+    """Prints a result for programs, or writes it to a file, whose folder is made."""
+    text = json.dumps(body, indent=1)
+    if file is None:
+        say(text)
+    else:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{text}\n")
 
 
 @contextmanager
@@ -82,28 +95,36 @@ class _Lines:
     def __init__(self, label: str, unit: str) -> None:
         self.label, self.unit = label, unit
         self.begun = time.monotonic()
-        self.first: int | None = None
-        self.printed = 0.0
+        self.before: tuple[float, int] | None = None  # when a line was last printed, of how many
+        self.first = 0
         self.ended = False
 
     def __call__(self, done: int, total: int) -> None:
         """Notes that `done` of `total` are done."""
         now = time.monotonic()
-        if self.first is None:
-            self.first = done if done < total and done > 1 else 0
-        if self.ended or (done < total and now - self.printed < _SECONDS_BETWEEN_LINES):
+        if self.before is None:
+            self.first = done if 1 < done < total else 0
+        elif self.ended or (done < total and now - self.before[0] < _SECONDS_BETWEEN_LINES):
             return
-        self.printed, self.ended = now, done >= total
+        self.ended = done >= total
         print(self._line(done, total, now), file=sys.stderr, flush=True)
+        self.before = now, done
 
     def _line(self, done: int, total: int, now: float) -> str:
+        """Says the rate since the last line, or at the end that of the whole."""
         line = f"{self.label}: {done:,} of {total:,}"
-        seconds, num = now - self.begun, done - (self.first or 0)
-        if num <= 1 or seconds <= 0:  # the first one also waits for what is being started
+        then, before = (
+            (self.begun, 0) if self.ended and not self.first else self.before or (now, done)
+        )
+        if done <= before or now <= then:  # nothing to tell a rate by
             return line
-        rate = num / seconds
-        end = f"in {_time(seconds)}" if self.ended else f"{_time((total - done) / rate)} left"
-        return f"{line}, {_rate(rate)} {self.unit or 'items'}/s, {end}"
+        rate = (done - before) / (now - then)
+        left = (
+            f"in {_time(now - self.begun)}"
+            if self.ended
+            else f"{_time((total - done) / rate)} left"
+        )
+        return f"{line}, {_rate(rate)} {self.unit or 'items'}/s, {left}"
 
 
 def _rate(rate: float) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json as json_module
 
-from stratagem.cli.console import say
+from stratagem.cli.console import say, say_json
 from stratagem.errors import InputError
 from stratagem.programs.doctor import doctor as examine
 
@@ -22,7 +21,7 @@ def doctor(json: bool = False) -> None:
     """
     findings = examine()
     if json:
-        say(json_module.dumps([dataclasses.asdict(f) for f in findings], indent=1))
+        say_json([dataclasses.asdict(f) for f in findings])
     else:
         for finding in findings:
             say(f"{finding.level:<8} {finding.text}")

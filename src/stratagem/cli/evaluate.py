@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import json as json_module
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 from tyro.conf import Positional
 
-from stratagem.cli.console import progress_bar, say
+from stratagem.cli.console import progress_bar, say, say_json
 from stratagem.cli.opening import Opened, Opening
 from stratagem.distributed import connect
 from stratagem.errors import InputError
+from stratagem.programs import Device
 from stratagem.programs.evaluate import (
     Evaluation,
-    FeatureName,
-    Measures,
-    Reference,
     evaluate_images,
     evaluate_run,
     sampled,
     spread,
 )
+from stratagem.programs.measures import FeatureName, Measures
+from stratagem.programs.reference import Reference, cache_beside
 from stratagem.programs.sample import SampleConfig
 from stratagem.programs.sources import Source
 
@@ -44,7 +43,7 @@ def evaluate(
     config: Annotated[SampleConfig, tyro.conf.arg(name="")] = _SAMPLING,
     opening: Opened = _OPENING,
     cache: Path | None = None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: Device = "auto",
     json: Path | None = None,
 ) -> None:
     """Measures runs, or samples, against real images.
@@ -79,7 +78,7 @@ def evaluate(
         if reference in runs:
             made = sampled(opening.model(reference, world.device), config, world, use="reference")
             images = files.enter_context(made)
-        kept = cache or reference.with_name(f"{reference.name}.statistics")
+        kept = cache or cache_beside(reference)
         real = Reference(images, features, measures, world=world, cache=kept)
         found = []
         for path in targets:
@@ -105,7 +104,7 @@ def _tell(targets: Sequence[Path], found: Sequence[Evaluation], json: Path | Non
     if json is not None:
         bodies = [dataclasses.asdict(one) for one in found]
         body = bodies[0] if len(bodies) == 1 else {"targets": bodies, "spread": spread(found)}
-        json.write_text(json_module.dumps(body, indent=1) + "\n")
+        say_json(body, json)
 
 
 def _print(target: Path, found: Evaluation) -> None:
@@ -128,5 +127,6 @@ def _print(target: Path, found: Evaluation) -> None:
     m = found.memorisation
     say(
         f"  nearest training image at {m['median']:.4f}, of held-out real images at "
-        f"{m['held_out_median']:.4f}, copy rate {100 * m['copy_rate']:.1f} % (1 % is chance)"
+        f"{m['held_out_median']:.4f}, copy rate by distance {100 * m['copy_rate']:.1f} % (1 % is "
+        "chance; plain images are near, too:  stratagem audit  tells them from copies)"
     )

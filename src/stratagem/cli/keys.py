@@ -9,7 +9,7 @@ import textwrap
 
 from tyro.conf import Positional
 
-from stratagem.cli.console import say
+from stratagem.cli.console import say, say_json
 from stratagem.config.keys import Key
 from stratagem.config.keys import keys as find
 from stratagem.errors import InputError
@@ -32,7 +32,7 @@ def keys(prefix: Positional[str] = "", /, json: bool = False) -> None:
         sections = ", ".join(key.name for key in find() if key.name.endswith("."))
         raise InputError(f"no key begins with {prefix}: sections are {sections}")
     if json:
-        say(json_module.dumps([dataclasses.asdict(key) for key in found], indent=1))
+        say_json([dataclasses.asdict(key) for key in found])
         return
     width = min(100, shutil.get_terminal_size().columns)
     for key in found:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
 from stratagem.autoencoders import AutoencoderName, build_autoencoder
-from stratagem.cli.console import progress_bar, say
+from stratagem.cli.console import progress_bar, say, say_json
 from stratagem.data.datasets import Reading
 from stratagem.data.datasets import prepare as prepare_data
+from stratagem.data.disk import amount
 from stratagem.data.latents import PosteriorKind
 from stratagem.data.official import open_data, write_official
 from stratagem.data.shards import DataSet
 from stratagem.errors import InputError
-from stratagem.programs import device_of
+from stratagem.programs import Device, device_of
 
 __all__ = ["prepare"]
 
@@ -38,7 +38,7 @@ def prepare(  # noqa: PLR0913, PLR0917
     autoencoder: AutoencoderName | Literal["none"] = "none",
     weights: str | None = None,
     posterior: PosteriorKind = "mean+std",
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: Device = "auto",
     layout: Literal["stratagem", "lightningdit"] = "stratagem",
     json: bool = False,
 ) -> None:
@@ -102,16 +102,14 @@ def prepare(  # noqa: PLR0913, PLR0917
             reading=reading,
             autoencoder=encoder,
             posterior=posterior,
-            announce=None
-            if json
-            else lambda size: say(f"{out}: about {size / 1e9:.2f} GB to write"),
+            announce=None if json else lambda size: say(f"{out}: about {amount(size)} to write"),
             progress=progress,
         )
     causes: dict[str, list[str]] = {}
     for name, cause in data.rejected:
         causes.setdefault(cause, []).append(name)
     if json:
-        say(json_module.dumps(_facts(data, causes), indent=1))
+        say_json(_facts(data, causes))
     else:
         _report(data, causes)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 from tyro.conf import Positional
@@ -11,6 +11,7 @@ from tyro.conf import Positional
 from stratagem.cli.console import progress_bar, say
 from stratagem.cli.opening import Opened, Opening
 from stratagem.distributed import apart
+from stratagem.programs import Device
 from stratagem.programs.sample import SampleConfig, sample_into
 from stratagem.programs.sample_files import Form
 
@@ -24,7 +25,7 @@ def sample(
     config: Annotated[SampleConfig, tyro.conf.arg(name="")] = SampleConfig(),  # noqa: B008
     opening: Opened = Opening(),  # noqa: B008
     format: Form = "png",  # noqa: A002
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Samples images from a run.
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from tyro.conf import Positional
 
-from stratagem.cli.console import progress_bar, say
+from stratagem.cli.console import progress_bar, say, say_json
 from stratagem.clustering.search import Method
 from stratagem.programs.stages import StageConfig
 from stratagem.programs.stages import stages as find
@@ -52,7 +51,7 @@ def stages(
         short = {key: value for key, value in record.items() if key not in heavy}
         if "without_memory" in record:
             short["edges_without_memory"] = record["without_memory"]["edges"]
-        say(json_module.dumps(short, indent=1))
+        say_json(short)
     else:
         for line in _lines(out, record):
             say(line)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +9,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional, UseAppendAction
 
-from stratagem.cli.console import progress_bar, say
+from stratagem.cli.console import progress_bar, say, say_json
 from stratagem.config import load
 from stratagem.distributed import rank
 from stratagem.errors import InputError
@@ -18,6 +17,7 @@ from stratagem.programs import silent
 from stratagem.programs.blank import Blank
 from stratagem.programs.plan import plan, tailored
 from stratagem.programs.train import train as train_run
+from stratagem.stopping import Interrupted
 
 __all__ = ["train"]
 
@@ -51,14 +51,19 @@ def train(
         raise InputError("--json and --shape have no effect without --dry-run")
     if dry_run:
         found = plan(resolved, None if shape is None else Blank(shape))
-        say(json_module.dumps(found.record(), indent=1) if json else "\n".join(found.lines()))
+        say_json(found.record()) if json else say("\n".join(found.lines()))
         return
     speaks = rank() == 0  # of several processes one
     tailoring = tailored(resolved)[1] if speaks else None
     if tailoring is not None:
         say("\n".join(tailoring.lines()))
     bar = progress_bar(f"train {out.name}", "steps") if speaks else nullcontext(silent)
-    with bar as progress:
-        state = train_run(resolved, out, progress=progress)
+    try:
+        with bar as progress:
+            state = train_run(resolved, out, progress=progress)
+    except Interrupted as stop:
+        if speaks:
+            raise
+        raise SystemExit(stop.exit_code) from None
     if speaks:
         say(f"{out}: trained to step {state.step:,}")

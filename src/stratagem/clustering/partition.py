@@ -21,9 +21,6 @@ What differs between criteria is the cost matrix alone: `within_cost` (agreement
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
@@ -35,7 +32,6 @@ __all__ = [
     "split",
     "spread_cost",
     "thresholds",
-    "total_cost",
     "within_cost",
 ]
 
@@ -66,12 +62,7 @@ def thresholds(
 
 
 def recursive_thresholds(
-    times: Tensor,
-    to_clean: Tensor,
-    to_noise: Tensor,
-    matrix: Tensor,
-    alpha: float,
-    num_stages: int,
+    times: Tensor, to_clean: Tensor, to_noise: Tensor, matrix: Tensor, alpha: float, num_stages: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Cuts by `thresholds`, then the middle [t1, t2] again, until there are enough stages.
 
@@ -94,6 +85,11 @@ def recursive_thresholds(
 
     Raises:
         InputError: If a level cannot be cut.
+
+    Example:
+        >>> curve = torch.tensor([1.0, 1.0, 0.4, 0.0, 0.0])
+        >>> recursive_thresholds(torch.arange(5.0), curve, curve.flip(0), torch.eye(5), 0.9, 3)
+        ((1.0, 3.0), (0.9,))
     """
     low, high, near, far = 0, len(times) - 1, to_clean, to_noise
     left: list[float] = []
@@ -235,17 +231,6 @@ def split(
     return cuts[-2::-1]
 
 
-def total_cost(cost: Tensor, cuts: Sequence[int]) -> float:
-    """Returns the cost of the stages between cuts, with cost[i, j] as in `split`.
-
-    Example:
-        >>> total_cost(within_cost(torch.eye(4)), [2])
-        -0.5
-    """
-    bounds = [0, *cuts, len(cost) - 1]
-    return sum(float(cost[i, j]) for i, j in pairwise(bounds))
-
-
 def within_cost(similarity: Tensor, *, by_size: bool = True) -> Tensor:
     """Returns cost[i, j] = -w mean of similarity[i:j, i:j] with its diagonal, (T, T) -> (T+1, T+1).
 
@@ -253,6 +238,10 @@ def within_cost(similarity: Tensor, *, by_size: bool = True) -> Tensor:
     a random cell of its own stage, negated. Without, w = 1, the objective of the code released with
     arXiv 2312.09181: a single cell, which agrees with itself, then counts as much as a long stage,
     so `split` needs a least size, and its stages tend to have just that.
+
+    Example:
+        >>> within_cost(torch.ones(4, 4))[0].tolist()  # of the first 0 .. 4 cells
+        [-0.0, -0.25, -0.5, -0.75, -1.0]
     """
     num_cells = len(similarity)
     corner = torch.zeros(num_cells + 1, num_cells + 1, dtype=torch.float64)
@@ -272,6 +261,10 @@ def spread_cost(values: Tensor) -> Tensor:
 
     Args:
         values: One number per cell, increasing or decreasing, finite, shape (T,).
+
+    Example:
+        >>> spread_cost(torch.tensor([0.0, 1.0, 3.0]))[0].tolist()  # of the first 0 .. 3 cells
+        [0.0, 0.0, 1.0, 3.0]
     """
     num_cells = len(values)
     prefix = torch.zeros(num_cells + 1, dtype=torch.float64)
@@ -291,6 +284,10 @@ def affinity_cost(affinity: Tensor) -> Tensor:
 
     `middle` is cell (i + j) // 2: interval clustering of arXiv 2306.00354 for any task affinity,
     such as the cosine of gradients.
+
+    Example:
+        >>> affinity_cost(torch.ones(3, 3))[0].tolist()  # of the first 0 .. 3 cells
+        [0.0, -1.0, -2.0, -3.0]
     """
     num_cells = len(affinity)
     prefix = torch.zeros(num_cells, num_cells + 1, dtype=torch.float64)

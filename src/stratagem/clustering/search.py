@@ -53,18 +53,11 @@ class Axis:
         schedule: Turns time into noise levels, and is the measure of time.
         density: Where training draws its times.
         num_times: Number of equal cells of time, T.
-
-    Raises:
-        InputError: If there is no cell.
     """
 
     schedule: NoiseSchedule
     density: TimeDensity
     num_times: int = 100
-
-    def __post_init__(self) -> None:
-        if self.num_times < 1:
-            raise InputError(f"{self.num_times} times: ask for more than stages, better 100")
 
     @property
     def times(self) -> Tensor:

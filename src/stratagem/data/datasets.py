@@ -108,7 +108,7 @@ def prepare(
         if chosen or autoencoder is not None:
             raise InputError(f"{source} holds finished latents: nothing can be chosen, but --out")
         return convert_official(Path(source), Path(out), announce=announce, progress=progress)
-    if _is_dataset(source):
+    if artifact.kind_of(Path(source)) == KIND:
         if chosen:
             raise InputError(
                 f"{source} is a data set: size, gray, flip, holdout and seed were chosen when it "
@@ -254,11 +254,6 @@ def reread(data: DataSet, source: str | Path, size: int) -> Callable[[int], Iter
                 pending = []
 
     return batches
-
-
-def _is_dataset(source: str | Path) -> bool:
-    manifest = Path(source) / artifact.MANIFEST
-    return manifest.is_file() and artifact.load_json(manifest).get("kind") == KIND
 
 
 def _of_dataset(data: DataSet) -> Source:

@@ -58,9 +58,7 @@ def open_data(path: Path, verify: bool = True) -> DataSet:
 
 def is_official(path: Path) -> bool:
     """Whether a folder holds official latents."""
-    manifest = path / artifact.MANIFEST
-    ours = manifest.is_file() and artifact.load_json(manifest).get("kind") == KIND
-    return not ours and path.is_dir() and any(path.glob(_SHARDS))
+    return path.is_dir() and any(path.glob(_SHARDS)) and artifact.kind_of(path) != KIND
 
 
 def official_files(path: Path) -> list[Path]:

@@ -230,7 +230,8 @@ class DataSet:
             number = bisect.bisect_right(starts, start + done) - 1
             left = starts[number + 1] - start - done  # in this shard, whose end is its file's
             part = images[done : done + left]
-            with (self.path / shard_name(self.kind, number)).open("rb", buffering=0) as stream:
+            file = self.path / shard_name(self.kind, number)
+            with file.open("rb") as stream:  # buffered: the system may give less than asked for
                 stream.seek(-left * images[0].nbytes, os.SEEK_END)
                 stream.readinto(part.numpy().data)
             done += len(part)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +29,7 @@ from torch import Tensor
 from stratagem import artifact
 from stratagem.artifact.manifest import flush, sum_of
 from stratagem.data.codecs import Codec, PixelCodec
+from stratagem.data.disk import disk_bytes, require_room
 from stratagem.data.latents import Moments
 from stratagem.data.shards import KIND, DataSet, shard_name
 from stratagem.errors import InputError
@@ -41,15 +41,12 @@ __all__ = [
     "Rejected",
     "Sample",
     "Source",
-    "disk_bytes",
     "items_of",
-    "require_room",
     "write_dataset",
 ]
 
 _SHARD_BYTES = 1 << 26  # of pixels
 _NOTES = ".rows-*.json"
-_ROW_BYTES = 128  # label, name, and place in the name block of one image, generously
 
 Items = Iterable["Sample | Rejected"]
 
@@ -126,7 +123,8 @@ def write_dataset(
             most, since those of an unfinished shard are made again.
         announce: Called before the first image with the bytes to be written, if the source has a
             total.
-        progress: Called after each item with the number of items done.
+        progress: Called after each item with the number of items done; of those that were done
+            before a stop, after each shard that has been read again.
 
     Raises:
         InputError: If there are no images, their shapes differ, a label has no class, `holdout`
@@ -158,13 +156,14 @@ def write_dataset(
         artifact.write_folder(path, KIND, meta, origin=origin, sums=sums) as folder,
         ThreadPoolExecutor(1) as thread,
     ):
+        told = progress or (lambda _: None)
         writer = _Writer(folder, codec, len(source.classes), shard_size, begin, thread)
+        writer.resume(told)
         skipped = writer.done
         items = source.items(skipped) if callable(source.items) else source.items
         for item in items:
             writer.add(item)
-            if progress is not None:
-                progress(writer.done)
+            told(writer.done)
         meta.update(writer.finish(source.name))
         held = _hold_out(meta["num"], holdout, seed) if held_out is None else held_out
         sums.update(writer.sums())
@@ -173,16 +172,6 @@ def write_dataset(
     for note in path.glob(_NOTES):
         note.unlink()
     return DataSet.open(path, verify=False)
-
-
-def disk_bytes(num: int, codec: Codec, shape: Sequence[int]) -> int:
-    """Returns about how many bytes a data set of num images of a shape (C, H, W) takes.
-
-    Example:
-        >>> disk_bytes(1000, PixelCodec(), (3, 256, 256))
-        196736000
-    """
-    return num * (codec.nbytes(shape) + _ROW_BYTES)
 
 
 def items_of(data: DataSet, first: int = 0) -> Iterator[Sample]:
@@ -222,13 +211,24 @@ class _Writer:
         self._names: list[str] = []
         self._rejected: list[tuple[int, str, str]] = []
         self._counts: list[int] = []
+        self._noted = 0
         self._moments = Moments(0, [], [])
         self._shape: tuple[int, ...] = ()
         self.done = 0
-        self._drop_damaged()
-        for note in self._notes():
+
+    def resume(self, progress: Callable[[int], None]) -> None:
+        """Takes over the notes before the first whose shard is not what was written."""
+        files = sorted(self._folder.glob(_NOTES))
+        for number, file in enumerate(files):
+            note = artifact.load_json(file)
+            shard = self._folder / shard_name(self._codec.kind, len(self._counts))
+            if note["sum"] and not (shard.is_file() and sum_of(shard) == note["sum"]):
+                for later in reversed(files[number:]):  # from the end, so that none is left over
+                    later.unlink()
+                return
             self._count(note)
             self.done, self._shape = note["done"], tuple(note["shape"])
+            progress(self.done)
 
     def add(self, item: Sample | Rejected) -> None:
         """Takes one item; writes a shard when enough images are pending."""
@@ -308,22 +308,20 @@ class _Writer:
             "names": self._names,
             "rejected": self._rejected,
         }
-        number = len(list(self._folder.glob(_NOTES)))
-        self._job = self._thread.submit(self._write, columns, len(self._counts), note, number)
+        self._job = self._thread.submit(self._write, columns, note)
         self._shard, self._spare, self._filled = self._spare, self._shard, 0
         self._labels, self._names, self._rejected = [], [], []
 
-    def _write(
-        self, columns: dict[str, Tensor], shard: int, note: dict[str, Any], number: int
-    ) -> dict[str, Any]:
+    def _write(self, columns: dict[str, Tensor], note: dict[str, Any]) -> dict[str, Any]:
         """Writes a shard, if it has images, and a note; returns the note."""
         note |= {"moments": Moments(0, [], []), "sum": None}
         if note["labels"]:
-            file = self._folder / shard_name(self._codec.kind, shard)
+            file = self._folder / shard_name(self._codec.kind, len(self._counts))
             note |= {"moments": self._codec.moments(columns)}
             note |= {"sum": artifact.write_tensor_file(file, columns)}
             flush(file)
-        artifact.write_bytes(self._folder / f".rows-{number:05d}.json", json.dumps(note).encode())
+        place = self._folder / f".rows-{self._noted:05d}.json"
+        artifact.write_bytes(place, json.dumps(note).encode())
         return note
 
     def _settle(self) -> None:
@@ -352,34 +350,13 @@ class _Writer:
         return fitting if self._codec.kind == "images" else min(512, fitting)
 
     def _count(self, note: Mapping[str, Any]) -> None:
+        self._noted += 1
         if note["labels"]:
             self._counts.append(len(note["labels"]))
             self._moments += Moments(*note["moments"])
 
-    def _drop_damaged(self) -> None:
-        """Forgets the notes from the first on whose shard is not what was written."""
-        intact, shards = True, 0
-        for file in sorted(self._folder.glob(_NOTES)):
-            note = artifact.load_json(file)
-            if note["sum"] is not None:
-                shard = self._folder / shard_name(self._codec.kind, shards)
-                intact = intact and shard.is_file() and sum_of(shard) == note["sum"]
-                shards += 1
-            if not intact:
-                file.unlink()
-
     def _notes(self) -> Iterator[dict[str, Any]]:
         return (artifact.load_json(file) for file in sorted(self._folder.glob(_NOTES)))
-
-
-def require_room(path: Path, needed: int) -> None:
-    """Raises InputError if the disk of a file or folder to be has not so many bytes free."""
-    free = shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise InputError(
-            f"{path} would take {needed / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB free: "
-            "choose another disk, or smaller images"
-        )
 
 
 def _hold_out(num: int, fraction: float, seed: int) -> Tensor:

@@ -95,7 +95,12 @@ class Preprocessing:
 
 
 def at_places(maps: Tensor, grid: int) -> Tensor:
-    """Resamples maps (B, D, h, w) bilinearly to grid x grid, row by row: (B, grid^2, D)."""
+    """Resamples maps (B, D, h, w) bilinearly to grid x grid, row by row: (B, grid^2, D).
+
+    Example:
+        >>> at_places(torch.arange(4.0).view(1, 1, 2, 2), 2).flatten()
+        tensor([0., 1., 2., 3.])
+    """
     if maps.shape[-2:] != (grid, grid):
         maps = functional.interpolate(maps, size=(grid, grid), mode="bilinear", antialias=True)
     return maps.flatten(2).mT.contiguous()

@@ -82,11 +82,7 @@ def build_token_encoder(
 
 
 def _network(
-    name: str,
-    size: int | None,
-    pool: Pool | None,
-    weights: str | None,
-    device: torch.device | str,
+    name: str, size: int | None, pool: Pool | None, weights: str | None, device: torch.device | str
 ) -> EfficientNetLite0 | ModuleEncoder:
     if name == "effnet":
         _refuse(name, pool=pool, weights=weights)

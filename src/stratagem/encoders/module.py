@@ -72,7 +72,7 @@ class ModuleEncoder:
                 f"encoder {name} gives {tuple(made.shape)} for an image: vectors (B, D) need no "
                 "pool, tokens (B, L, D) need one"
             )
-        self._grid = isqrt(made.shape[1] - prefix) if pool is not None else 0
+        self._grid = isqrt(max(0, made.shape[1] - prefix)) if pool is not None else 0
         if pool is not None and self._grid**2 + prefix != made.shape[1]:
             raise InputError(
                 f"encoder {name} gives {made.shape[1]} tokens: {prefix} and those of a square of "

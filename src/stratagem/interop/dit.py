@@ -35,9 +35,8 @@ from stratagem.interop.state_dict import require_match
 from stratagem.nets.layers import MAX_PERIOD, TIME_FEATURES, rotary_table, sincos_positions
 from stratagem.nets.multi_decoder import MultiDecoder
 from stratagem.nets.transformer import SIZES, TransformerConfig
-from stratagem.objective import AlignmentHead
 
-__all__ = ["Official", "Project", "alignment_head", "convert", "inspect", "reverse_time"]
+__all__ = ["Official", "Project", "convert", "inspect", "reverse_time"]
 
 Project = Literal["gmem", "lightningdit", "sit", "repa"]
 
@@ -291,20 +290,6 @@ def reverse_time(weight: Tensor) -> Tensor:
     of_cos, of_sin = weight.double().chunk(2, dim=1)
     parts = (of_cos * f.cos() + of_sin * f.sin(), of_cos * f.sin() - of_sin * f.cos())
     return torch.cat(parts, dim=1).to(weight.dtype)
-
-
-def alignment_head(weights: Mapping[str, Tensor], official: Official) -> AlignmentHead | None:
-    """Returns the head that training used to align tokens with an encoder's, or None without."""
-    prefix = f"{official.family.projector}."
-    own = {n.removeprefix(prefix): t.float() for n, t in weights.items() if n.startswith(prefix)}
-    if official.family.projector is None or not own:
-        return None
-    hidden, width = _shape(own, "0.weight", 2)
-    head = AlignmentHead(width, _shape(own, "4.weight", 2)[0], hidden)
-    wanted = {name: tensor.shape for name, tensor in head.layers.state_dict().items()}
-    require_match(own, wanted, f"the projector of {official.family.title}")
-    head.layers.load_state_dict(own)
-    return head
 
 
 def _names(ours: Mapping[str, Tensor], cfg: TransformerConfig) -> dict[str, str]:

@@ -32,41 +32,19 @@ __all__ = ["UNetProject", "convert_unet"]
 
 UNetProject = Literal["edm", "ncsnpp", "ldm"]
 
-# module of our block -> official one
+# what the modules of our block are called there
+_PARTS = ("norm_in", "conv_in", "modulation", "norm_out", "conv_out", "skip")
 _BLOCK = {
-    "edm": {
-        "norm_in": "norm0",
-        "conv_in": "conv0",
-        "modulation": "affine",
-        "norm_out": "norm1",
-        "conv_out": "conv1",
-        "skip": "skip",
-    },
-    "ncsnpp": {
-        "norm_in": "GroupNorm_0",
-        "conv_in": "Conv_0",
-        "modulation": "Dense_0",
-        "norm_out": "GroupNorm_1",
-        "conv_out": "Conv_1",
-        "skip": "Conv_2",
-    },
-    "ldm": {
-        "norm_in": "in_layers.0",
-        "conv_in": "in_layers.2",
-        "modulation": "emb_layers.1",
-        "norm_out": "out_layers.0",
-        "conv_out": "out_layers.3",
-        "skip": "skip_connection",
-    },
-}
+    "edm": ("norm0", "conv0", "affine", "norm1", "conv1", "skip"),
+    "ncsnpp": ("GroupNorm_0", "Conv_0", "Dense_0", "GroupNorm_1", "Conv_1", "Conv_2"),
+    "ldm": ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3",
+            "skip_connection"),
+}  # fmt: skip
+_ATTENTION_PARTS = ("norm_attention", "attention.qkv", "attention.out")
 _ATTENTION = {
-    "edm": {"norm_attention": "norm2", "attention.qkv": "qkv", "attention.out": "proj"},
-    "ncsnpp": {
-        "norm_attention": "GroupNorm_0",
-        "attention.qkv": "NIN_",
-        "attention.out": "NIN_3",
-    },
-    "ldm": {"norm_attention": "norm", "attention.qkv": "qkv", "attention.out": "proj_out"},
+    "edm": ("norm2", "qkv", "proj"),
+    "ncsnpp": ("GroupNorm_0", "NIN_", "NIN_3"),
+    "ldm": ("norm", "qkv", "proj_out"),
 }
 _CONDITION = {
     "edm": ("map_layer0", "map_layer1", "map_label"),
@@ -164,8 +142,10 @@ _Pairs = Iterator[tuple[str, str]]
 
 
 def _block(project: UNetProject, ours: str, block: str, attention: str) -> _Pairs:
-    for table, theirs in ((_BLOCK, block), (_ATTENTION, attention)):
-        yield from ((f"{ours}.{a}", f"{theirs}.{b}") for a, b in table[project].items())
+    for ours_part, part in zip(_PARTS, _BLOCK[project], strict=True):
+        yield f"{ours}.{ours_part}", f"{block}.{part}"
+    for ours_part, part in zip(_ATTENTION_PARTS, _ATTENTION[project], strict=True):
+        yield f"{ours}.{ours_part}", f"{attention}.{part}"
 
 
 def _edm(cfg: UNetConfig, net: MultiDecoder) -> _Pairs:

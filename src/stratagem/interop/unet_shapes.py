@@ -71,8 +71,8 @@ class OfficialUNet:
     style: Literal["ddpm++", "ncsn++", "adm", "ldm"]
     cfg: UNetConfig
     widths: tuple[int, ...]
-    attention: tuple[tuple[int, ...], ...] | None
-    cuts: tuple[float, ...]
+    attention: tuple[tuple[int, ...], ...] | None = None
+    cuts: tuple[float, ...] = ()
 
 
 def inspect_unet(
@@ -99,10 +99,11 @@ def inspect_unet(
             contradicts the weights.
     """
     family = FAMILIES[source]
+    family = family._replace(norm_groups=norm_groups or family.norm_groups)
     read = {"edm": _edm, "ncsnpp": _ncsnpp, "ldm": _ldm}[family.project]
     own = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     try:
-        found = read(own, image_size, norm_groups or family.norm_groups)
+        found = read(own, image_size, family)
     except (KeyError, IndexError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else "they hold no blocks"
         raise InputError(f"these are not the weights of {family.title}: {what}") from None
@@ -110,21 +111,14 @@ def inspect_unet(
         if found.cfg.style.head_width is None:
             raise InputError(f"--head-width has no effect: {family.title} has one head")
         like = replace(found.cfg.style, head_width=head_width)
-        found = found._replace(cfg=replace(found.cfg, style=like))
+        found = replace(found, cfg=replace(found.cfg, style=like))
     cuts = cuts or family.cuts
     if len(cuts) != len(found.widths) - 1:
         raise InputError(
             f"{family.title} of {len(found.widths)} decoders has {len(found.widths) - 1} cuts "
             f"between them, not {len(cuts)}: give them with --cuts"
         )
-    return OfficialUNet(family, found.style, found.cfg, found.widths, found.attention, cuts)
-
-
-class _Found(NamedTuple):
-    style: Literal["ddpm++", "ncsn++", "adm", "ldm"]
-    cfg: UNetConfig
-    widths: tuple[int, ...]
-    attention: tuple[tuple[int, ...], ...] | None = None
+    return replace(found, cuts=cuts)
 
 
 def _num(weights: Mapping[str, Tensor], pattern: str) -> int:
@@ -134,7 +128,7 @@ def _num(weights: Mapping[str, Tensor], pattern: str) -> int:
 
 
 def _config(
-    stem: Tensor, side: int, levels: _Levels, condition: Tensor, norm_groups: int, style: str
+    stem: Tensor, side: int, levels: _Levels, condition: Tensor, family: _Family, style: str
 ) -> UNetConfig:
     width = len(stem)
     return UNetConfig(
@@ -144,12 +138,12 @@ def _config(
         mults=tuple(max(1, level[0][0] // width) if level else 1 for level in levels),
         blocks=len(levels[0]),
         attention=tuple(side >> n for n, level in enumerate(levels) if any(a for _, a in level)),
-        style=replace(STYLES[style], norm_groups=norm_groups),
+        style=replace(STYLES[style], norm_groups=family.norm_groups),
         condition_mult=len(condition) // width,
     )
 
 
-def _edm(w: Mapping[str, Tensor], image_size: int | None, groups: int) -> _Found:
+def _edm(w: Mapping[str, Tensor], image_size: int | None, family: _Family) -> OfficialUNet:
     places = {int(match[1]) for name in w if (match := re.match(r"enc\.(\d+)x", name))}
     sides = sorted(places, reverse=True)
     if image_size not in {None, sides[0]}:
@@ -162,21 +156,22 @@ def _edm(w: Mapping[str, Tensor], image_size: int | None, groups: int) -> _Found
     pyramid, adm = f"enc.{low}_aux_residual.weight" in w, "out_conv.weight" in w
     style: Literal["ddpm++", "ncsn++", "adm"] = "ncsn++" if pyramid else "adm" if adm else "ddpm++"
     stem = w[f"enc.{sides[0]}x{sides[0]}_conv.weight"]
-    cfg = _config(stem, sides[0], levels, w["map_layer1.weight"], groups, style)
+    cfg = _config(stem, sides[0], levels, w["map_layer1.weight"], family, style)
     staged = _num(w, r"decs\.(\d+)\.")
     tops = [f"decs.{k}" for k in range(staged)] or ["dec"]
     classes = w["map_label.weight"].shape[1] if "map_label.weight" in w else 0
     time: Literal["fourier", "cos-sin", "sin-cos"] = "cos-sin" if adm else "sin-cos"
     like = replace(cfg.style, time="fourier" if "map_noise.freqs" in w else time)
     like = replace(like, time_features=w["map_layer0.weight"].shape[1] // cfg.width)
-    return _Found(
+    return OfficialUNet(
+        family,
         style,
         replace(cfg, num_classes=classes, shared_middle=staged == 0, style=like),
         tuple(len(w[f"{top}.{low}_block0.conv0.weight"]) // cfg.mults[-1] for top in tops),
     )
 
 
-def _ncsnpp(w: Mapping[str, Tensor], image_size: int | None, groups: int) -> _Found:
+def _ncsnpp(w: Mapping[str, Tensor], image_size: int | None, family: _Family) -> OfficialUNet:
     levels: _Levels = [[]]
     for i in range(3, _num(w, r"en_modules\.(\d+)\.") - 3):  # between the stem and the middle
         if f"en_modules.{i}.Conv2d_0.weight" in w:  # the pyramid: the last block halved the sides
@@ -187,14 +182,14 @@ def _ncsnpp(w: Mapping[str, Tensor], image_size: int | None, groups: int) -> _Fo
         else:
             levels[-1].append((len(w[f"en_modules.{i}.Conv_0.weight"]), False))
     side, stem = _told(image_size), w["en_modules.2.weight"]
-    cfg = _config(stem, side, levels, w["en_modules.1.weight"], groups, "ncsn++")
+    cfg = _config(stem, side, levels, w["en_modules.1.weight"], family, "ncsn++")
     like = replace(cfg.style, time="sin-cos", time_features=1)
     num = _num(w, r"de_modules\.(\d+)\.")
     widths = (len(w[f"de_modules.{k}.0.Conv_0.weight"]) // cfg.mults[-1] for k in range(num))
-    return _Found("ncsn++", replace(cfg, style=like), tuple(widths))
+    return OfficialUNet(family, "ncsn++", replace(cfg, style=like), tuple(widths))
 
 
-def _ldm(w: Mapping[str, Tensor], image_size: int | None, groups: int) -> _Found:
+def _ldm(w: Mapping[str, Tensor], image_size: int | None, family: _Family) -> OfficialUNet:
     levels: _Levels = [[]]
     for i in range(1, _num(w, r"input_blocks\.(\d+)\.")):
         group = f"input_blocks.{i}"
@@ -204,24 +199,18 @@ def _ldm(w: Mapping[str, Tensor], image_size: int | None, groups: int) -> _Found
             width = len(w[f"{group}.0.in_layers.2.weight"])
             levels[-1].append((width, f"{group}.1.qkv.weight" in w))
     side, stem = _told(image_size), w["input_blocks.0.0.weight"]
-    cfg = _config(stem, side, levels, w["time_embed.2.weight"], groups, "ldm")
+    cfg = _config(stem, side, levels, w["time_embed.2.weight"], family, "ldm")
     num = _num(w, r"de_modules\.(\d+)\.")
-    first = [cfg.blocks * n + n for n in reversed(range(len(levels)))]  # group of a level
+    last = len(levels) - 1
+    first = {s: (cfg.blocks + 1) * (last - level) for level, s in enumerate(cfg.sides)}  # group
     attention = tuple(
-        tuple(
-            s
-            for s, n in zip(cfg.sides, first, strict=True)
-            if f"de_modules.{k}.{n}.1.qkv.weight" in w
-        )
+        tuple(s for s, n in first.items() if f"de_modules.{k}.{n}.1.qkv.weight" in w)
         for k in range(num)
     )
     widths = (len(w[f"de_modules.{k}.0.0.in_layers.2.weight"]) // cfg.mults[-1] for k in range(num))
     everywhere = {s for sides in (cfg.attention, *attention) for s in sides}
-    embedding, hidden = (
-        w["middle_block.0.emb_layers.1.weight"],
-        w["middle_block.0.in_layers.2.weight"],
-    )
-    scaled = len(embedding) == 2 * len(hidden)
+    block = "middle_block.0"
+    scaled = len(w[f"{block}.emb_layers.1.weight"]) == 2 * len(w[f"{block}.in_layers.2.weight"])
     cfg = replace(
         cfg,
         attention=tuple(s for s in cfg.sides if s in everywhere),
@@ -229,7 +218,7 @@ def _ldm(w: Mapping[str, Tensor], image_size: int | None, groups: int) -> _Found
         num_classes=len(w["label_emb.weight"]) if "label_emb.weight" in w else 0,
     )
     lost = any(set(sides) != everywhere for sides in attention)
-    return _Found("ldm", cfg, tuple(widths), attention if lost else None)
+    return OfficialUNet(family, "ldm", cfg, tuple(widths), attention if lost else None)
 
 
 def _told(image_size: int | None) -> int:

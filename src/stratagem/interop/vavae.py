@@ -50,6 +50,11 @@ def rename(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Raises:
         InputError: If there are tensors that are neither an autoencoder's nor its training's.
+
+    Example:
+        >>> import torch
+        >>> list(rename({"decoder.up.0.block.2.conv1.weight": torch.zeros(1)}))
+        ['decoder.up_blocks.0.resnets.2.conv1.weight']
     """
     odd = [name for name in weights if not name.startswith((*_PARTS, *_TRAINING_ONLY))]
     if odd:
@@ -75,30 +80,22 @@ def layout(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises:
         InputError: If they are too few to tell.
     """
-    widths: list[int] = []
-    attends: list[bool] = []
-    while (
-        first := weights.get(f"encoder.down_blocks.{len(widths)}.resnets.0.conv1.weight")
-    ) is not None:
-        attends.append(f"encoder.down_blocks.{len(widths)}.attentions.0.to_q.weight" in weights)
-        widths.append(len(first))
-    blocks = {
-        m[1]
-        for name in weights
-        if (m := re.match(r"encoder\.down_blocks\.0\.resnets\.(\d+)", name))
-    }
-    needed = ("encoder.conv_in.weight", "encoder.down_blocks.0", "post_quant_conv.weight")
-    if not widths or any(name not in weights for name in needed[::2]):
+    down = re.compile(r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight")
+    found = [match for name in weights if (match := down.match(name))]
+    widths = {int(match[1]): len(weights[match[0]]) for match in found}
+    ends = ("encoder.conv_in.weight", "post_quant_conv.weight")
+    if not widths or not set(ends) <= set(weights):
         raise InputError(
-            f"these are not an autoencoder's weights: {' or '.join(needed)} is missing"
+            f"these are not an autoencoder's weights: {' or '.join(ends)} or its blocks are missing"
         )
-    kinds = [("", "Attn")[attend] for attend in attends]
+    levels = [f"encoder.down_blocks.{level}.attentions.0.to_q.weight" for level in sorted(widths)]
+    kinds = ["Attn" if name in weights else "" for name in levels]
     return {
-        "in_channels": weights["encoder.conv_in.weight"].shape[1],
-        "out_channels": weights["encoder.conv_in.weight"].shape[1],
+        "in_channels": weights[ends[0]].shape[1],
+        "out_channels": weights[ends[0]].shape[1],
         "down_block_types": tuple(f"{kind}DownEncoderBlock2D" for kind in kinds),
         "up_block_types": tuple(f"{kind}UpDecoderBlock2D" for kind in reversed(kinds)),
-        "block_out_channels": tuple(widths),
-        "layers_per_block": len(blocks),
-        "latent_channels": len(weights["post_quant_conv.weight"]),
+        "block_out_channels": tuple(width for _, width in sorted(widths.items())),
+        "layers_per_block": len(found) // len(widths),
+        "latent_channels": len(weights[ends[1]]),
     }

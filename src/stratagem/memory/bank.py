@@ -79,7 +79,10 @@ class MemoryBank:
                     f"bank has {self.num} rows but {name} of shape {tuple(column.shape)}"
                 )
         if self.frequency is not None:
-            self._check_frequency(self.frequency)
+            usable = torch.isfinite(self.frequency).all() and (self.frequency >= 0).all()
+            if not usable or not self.frequency.sum() > 0:
+                raise InputError("bank frequencies must be finite, not negative, and not all zero")
+            object.__setattr__(self, "frequency", self.frequency.to(torch.float32, copy=True))
         # copies, so that nobody who holds the originals can change the bank; vectors may be large
         # and are taken over as they are
         object.__setattr__(self, "labels", self.labels.to(torch.int64, copy=True))
@@ -121,10 +124,7 @@ class MemoryBank:
         for name, _, rows in self._parts():
             sums[name].update(artifact.raw_bytes(rows))
         files = {
-            name: {
-                "sha256": sums[name].hexdigest(),
-                "bytes": dtype.itemsize * math.prod(shape),
-            }
+            name: {"sha256": sums[name].hexdigest(), "bytes": dtype.itemsize * math.prod(shape)}
             for name, (dtype, shape) in self.layout().items()
         }
         return artifact.Manifest(KIND, self.meta(), files).fingerprint
@@ -151,6 +151,12 @@ class MemoryBank:
         Raises:
             InputError: If an index is negative or too large, or a mirrored snippet is wanted of a
                 bank without them.
+
+        Example:
+            >>> from stratagem.memory.store import hold
+            >>> store, none = hold(torch.tensor([[[3.0, 4.0]]])), torch.zeros(1)
+            >>> MemoryBank(store, none, none, {}, "").lookup(torch.tensor([0]))
+            tensor([[0.6000, 0.8000]])
         """
         index = self.checked(index)
         side = torch.zeros_like(index) if flip is None else flip.to("cpu", torch.int64)
@@ -208,10 +214,7 @@ class MemoryBank:
             "labels": dict(zip(known.tolist(), counts.tolist(), strict=True)),
             "frequencies": self.frequency is not None,
             "mean_cosine": self._mean_cosine(),
-            "encoder": copy.deepcopy(dict(self.encoder)),
-            "shape": self.shape,
-            "data": self.data,
-            "history": copy.deepcopy(list(self.history)),
+            **copy.deepcopy(self.meta()),
             "fingerprint": self.fingerprint,
         }
 
@@ -224,7 +227,7 @@ class MemoryBank:
             "id_ends": self.ids.ends,
         }
         if self.frequency is not None:
-            columns["frequency"] = self.frequency.float()
+            columns["frequency"] = self.frequency
         return columns | self.store.codec.constants()
 
     def layout(self) -> artifact.Layout:
@@ -275,7 +278,18 @@ class MemoryBank:
             DamagedArtifact: If it is truncated or altered.
         """
         tensors, manifest = artifact.read_tensors(Path(path), KIND, verify=verify)
-        bank = cls(**_fields(tensors, manifest.meta))
+        meta = manifest.meta
+        bank = cls(
+            store_of(tensors),
+            tensors["labels"],
+            tensors["held_out"],
+            encoder=meta["encoder"],
+            data=meta["data"],
+            ids=Ids(tensors["ids"], tensors["id_ends"]) if "ids" in tensors else Ids.of(()),
+            frequency=tensors.get("frequency"),
+            shape=tuple(meta["shape"]) if meta.get("shape") else None,
+            history=tuple(meta.get("history", ())),
+        )
         bank.__dict__["fingerprint"] = manifest.fingerprint  # known: the content need not be read
         return bank
 
@@ -287,11 +301,6 @@ class MemoryBank:
             for name, rows in columns.items():
                 yield name, start, rows
 
-    def _check_frequency(self, frequency: Tensor) -> None:
-        usable = torch.isfinite(frequency).all() and (frequency >= 0).all()
-        if not usable or not frequency.sum() > 0:
-            raise InputError("bank frequencies must be finite, not negative, and not all zero")
-
     def _mean_cosine(self, pairs: int = 4096) -> float | None:
         """Mean cosine of random pairs of different rows: near 1, the encoder tells little apart."""
         if self.num < 2:
@@ -301,19 +310,3 @@ class MemoryBank:
         second = (first + 1 + draw.integers(self.num - 1, size=pairs)) % self.num
         a, b = self.lookup(torch.from_numpy(first)), self.lookup(torch.from_numpy(second))
         return float((a * b).sum(1).mean())
-
-
-def _fields(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a bank from the content of its file."""
-    shape = meta.get("shape")
-    return {
-        "store": store_of(tensors),
-        "labels": tensors["labels"],
-        "held_out": tensors["held_out"],
-        "encoder": meta["encoder"],
-        "data": meta["data"],
-        "ids": Ids(tensors["ids"], tensors["id_ends"]) if "ids" in tensors else Ids.of(()),
-        "frequency": tensors.get("frequency"),
-        "shape": tuple(shape) if shape is not None else None,
-        "history": tuple(meta.get("history", ())),
-    }

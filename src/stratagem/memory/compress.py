@@ -32,20 +32,13 @@ from stratagem.memory.search import nearest
 from stratagem.memory.store import BLOCK, Codec, LowRank, Recoded, codec_of
 from stratagem.randomness import permutation
 
-__all__ = [
-    "Axes",
-    "Fidelity",
-    "Format",
-    "compress",
-    "fidelity",
-    "least_rank",
-    "principal_axes",
-]
+__all__ = ["Axes", "Fidelity", "Format", "compress", "fidelity", "least_rank", "principal_axes"]
 
 Format = Literal["float32", "float16", "int8", "low-rank"]
 
 _SHARE = 0.95  # of the rows must have the wanted cosine
 _QUERIES, _NEIGHBOURS = 256, 10
+_TINY = 1e-12
 
 
 class Axes(NamedTuple):
@@ -100,6 +93,11 @@ def principal_axes(batches: Iterable[Tensor]) -> Axes:
 
     Raises:
         InputError: If there are no vectors.
+
+    Example:
+        >>> axes = principal_axes([torch.tensor([[3.0, 0.0], [-3.0, 0.0]])] * 2)
+        >>> [round(size, 6) for size in axes.singular.tolist()]
+        [6.0, 0.0]
     """
     moments: _Moments | None = None
     for batch in batches:
@@ -205,14 +203,15 @@ def fidelity(
     lost = square = 0.0
     total = torch.zeros(full.dim, dtype=torch.float64)
     for rows, stored in zip(_unit_rows(full, progress), _rows(other), strict=True):
-        cosines[done : (done := done + len(rows))] = (rows * stored).sum(1) / stored.norm(dim=1)
+        length = stored.norm(dim=1).clamp(min=_TINY)  # a row without what the rank keeps has none
+        cosines[done : (done := done + len(rows))] = (rows * stored).sum(1) / length
         lost += float((rows - stored).square().sum(1).double().sum())
-        square += float(rows.square().sum(1).double().sum())
+        square += float(rows.double().square().sum())
         total += rows.double().sum(0)
     variance = square - float(total @ total) / count
     order = cosines.sort().values
     quantiles = {q: float(order[int(q * (count - 1))]) for q in (0.0, 0.01, 0.05, 0.5)}
-    energy = 1 - lost / variance if variance > 0 else 1.0
+    energy = 1 - lost / variance if variance > _TINY * square else 1.0  # one row, or equal ones
     return Fidelity(energy, quantiles, _recall(full, other, seed))
 
 

@@ -67,6 +67,12 @@ def draw(
     Raises:
         InputError: If no row is eligible, the policy is unknown, policy and label do not fit, or
             the bank has no frequencies to draw by.
+
+    Example:
+        >>> from stratagem.memory.store import hold
+        >>> bank = MemoryBank(hold(torch.eye(4)[:, None]), torch.arange(4), torch.zeros(4), {}, "")
+        >>> sorted(draw(bank, 4, "stratified").tolist()), draw(bank, 2, "label", label=3).tolist()
+        ([0, 1, 2, 3], [3, 3])
     """
     if policy not in get_args(Policy):
         raise InputError(

@@ -28,15 +28,7 @@ from stratagem.memory.ids import Ids
 from stratagem.memory.interpolate import Way, blend
 from stratagem.memory.store import Held, Joined, Recoded, Selected, Store, same, unit
 
-__all__ = [
-    "add",
-    "interpolate",
-    "merge",
-    "remove",
-    "residuals",
-    "rows_of_ids",
-    "rows_of_label",
-]
+__all__ = ["add", "interpolate", "merge", "remove", "residuals", "rows_of_ids", "rows_of_label"]
 
 _FAINT = 1e-3  # length below which a stored row is rounding and has no direction
 
@@ -112,6 +104,12 @@ def remove(bank: MemoryBank, rows: Tensor, *, entry: Mapping[str, Any] | None = 
 
     Raises:
         InputError: If there are none, one is outside the bank, or none would be left.
+
+    Example:
+        >>> from stratagem.memory.store import hold
+        >>> bank = MemoryBank(hold(torch.eye(3)[:, None]), torch.arange(3), torch.zeros(3), {}, "")
+        >>> remove(bank, torch.tensor([1])).labels
+        tensor([0, 2])
     """
     gone = torch.zeros(bank.num, dtype=torch.bool)
     gone[bank.checked(rows)] = True

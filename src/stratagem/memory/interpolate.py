@@ -69,8 +69,8 @@ def blend(
         mixed = torch.where(_from_second(first.shape[1], way, seed), b, a)
     else:
         w = torch.as_tensor(weight, dtype=torch.float64).reshape(-1, 1)
-        if not torch.isfinite(w).all():
-            raise InputError("interpolation weights must be finite")
+        if not torch.isfinite(w).all() or len(w) not in (1, len(a)):
+            raise InputError("interpolation weights must be finite, one in all or one for each row")
         mixed = (1 - w) * a + w * b if way == "linear" else _spherical(a, b, w)
     if (mixed.norm(dim=1) < _DEGENERATE).any():
         raise InputError("these snippets cancel each other: use spherical interpolation")

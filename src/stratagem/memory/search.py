@@ -16,6 +16,8 @@ from stratagem.memory.store import BLOCK, unit
 
 __all__ = ["nearest", "rows_near"]
 
+_ROUNDING = 1e-6  # of a cosine of float16 rows: equal images shall have cosine 1
+
 
 def nearest(
     bank: MemoryBank,
@@ -39,6 +41,12 @@ def nearest(
 
     Raises:
         InputError: If a query is unusable or of another width, or there are fewer than k rows.
+
+    Example:
+        >>> from stratagem.memory.store import hold
+        >>> bank = MemoryBank(hold(torch.eye(3)[:, None]), torch.zeros(3), torch.zeros(3), {}, "")
+        >>> nearest(bank, torch.tensor([[3.0, 4.0, 0.0]]), 2)
+        (tensor([[0.8000, 0.6000]]), tensor([[1, 0]]))
     """
     queries = _queries(bank, queries)
     rows = torch.arange(bank.num) if rows is None else bank.checked(rows)
@@ -60,6 +68,8 @@ def nearest(
 def rows_near(bank: MemoryBank, queries: Tensor, cosine: float) -> Tensor:
     """Returns the rows whose cosine to any of the queries (Q, D) is at least this, int64.
 
+    A millionth less will do, so that a cosine of 1 finds equal images whatever the rounding.
+
     Raises:
         InputError: If a query is unusable or of another width, or the cosine is impossible.
     """
@@ -67,7 +77,7 @@ def rows_near(bank: MemoryBank, queries: Tensor, cosine: float) -> Tensor:
         raise InputError(f"cosine is {cosine}: it must be between -1 and 1")
     queries = _queries(bank, queries)
     parts = torch.arange(bank.num).split(BLOCK)
-    near = [part[(queries @ bank.lookup(part).T).amax(0) >= cosine] for part in parts]
+    near = [part[(queries @ bank.lookup(part).T).amax(0) >= cosine - _ROUNDING] for part in parts]
     return torch.cat(near)
 
 

@@ -85,10 +85,12 @@ class Codec(ABC):
     Attributes:
         format: Its name, as on the command line.
         dim: Length D of a vector.
+        dtype: Type of the stored numbers.
     """
 
     format: str
     dim: int
+    dtype: torch.dtype
 
     @abstractmethod
     def encode(self, rows: Tensor) -> Columns:
@@ -98,9 +100,9 @@ class Codec(ABC):
     def decode(self, columns: Mapping[str, Tensor]) -> Tensor:
         """Maps stored numbers to vectors of about unit length, shape (B, D), float32."""
 
-    @abstractmethod
     def constants(self) -> Columns:
-        """Returns what all rows share."""
+        """Returns what all rows share: nothing, unless a codec says otherwise."""
+        return {}
 
 
 class Plain(Codec):
@@ -125,10 +127,6 @@ class Plain(Codec):
         """Widens to float32, shape (B, D)."""
         return columns["vectors"].float()
 
-    def constants(self) -> Columns:
-        """Nothing is shared."""
-        return {}
-
 
 class Int8(Codec):
     """One byte per number and one scale per vector.
@@ -137,7 +135,7 @@ class Int8(Codec):
         dim: Length D of a vector.
     """
 
-    format = "int8"
+    format, dtype = "int8", torch.int8
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
@@ -145,15 +143,11 @@ class Int8(Codec):
     def encode(self, rows: Tensor) -> Columns:
         """Returns vectors (B, D) int8 and scales (B,) float32."""
         scales = rows.abs().amax(1) / 127
-        return {"vectors": (rows / scales[:, None]).round().to(torch.int8), "scales": scales}
+        return {"vectors": (rows / scales[:, None]).round().to(self.dtype), "scales": scales}
 
     def decode(self, columns: Mapping[str, Tensor]) -> Tensor:
         """Returns vectors, shape (B, D)."""
         return columns["vectors"].float() * columns["scales"][:, None]
-
-    def constants(self) -> Columns:
-        """Nothing is shared."""
-        return {}
 
 
 class LowRank(Codec):
@@ -199,16 +193,16 @@ def codec_of(form: str, dim: int) -> Codec:
 
 
 def same(first: Codec, second: Codec) -> bool:
-    """Whether what one codec wrote can be read by the other."""
-    if first.format != second.format or first.dim != second.dim:
+    """Whether what one codec wrote can be read by the other.
+
+    Example:
+        >>> [same(codec_of("int8", 8), codec_of(form, 8)) for form in ("int8", "float16")]
+        [True, False]
+    """
+    if (first.format, first.dim, first.dtype) != (second.format, second.dim, second.dtype):
         return False
-    if isinstance(first, LowRank) and isinstance(second, LowRank):
-        alike = first.dtype == second.dtype and first.rank == second.rank
-        return alike and all(
-            torch.equal(value, second.constants()[name])
-            for name, value in first.constants().items()
-        )
-    return True
+    shared = second.constants()
+    return all(torch.equal(value, shared[name]) for name, value in first.constants().items())
 
 
 class Store(ABC):

@@ -47,7 +47,8 @@ __all__ = [
     "nearest",
 ]
 
-# An exact test at this level, in one space, accuses one honest sampler in a thousand.
+# An exact test at this level accuses one honest sampler in a thousand. Several spaces share it
+# out (Bonferroni): so does one of them at least.
 LEVEL = 1e-3
 LEAST = 20  # images of either kind in a cell of C_T, as in its paper
 _CELL_IMAGES = 100  # held-out images per cell of C_T
@@ -66,7 +67,7 @@ class Excess(NamedTuple):
         num: Samples at or below it.
         rate: Their share, about 0.01 for an honest sampler.
         p_value: Probability of at least so many if samples were held-out real images.
-        limit: The least number whose p-value is below 0.001: fewer copies go unnoticed.
+        limit: The least number whose p-value is below the level: fewer copies go unnoticed.
     """
 
     threshold: float
@@ -76,8 +77,8 @@ class Excess(NamedTuple):
     limit: int
 
     @classmethod
-    def of(cls, values: Tensor, held_out: Tensor) -> Excess:
-        """Compares values of samples (M,) with those of held-out images (H,)."""
+    def of(cls, values: Tensor, held_out: Tensor, level: float = LEVEL) -> Excess:
+        """Compares values of samples (M,) with those of held-out images (H,), tested at a level."""
         size, held = len(values), len(held_out)
         if not held:
             return cls(math.nan, 0, math.nan, math.nan, 0)
@@ -85,7 +86,7 @@ class Excess(NamedTuple):
         found = int((values <= threshold).sum())
         rank = int((held_out <= threshold).sum())  # more than k if values tie
         tails = _beta_binomial_tails(size, rank, held + 1 - rank)
-        limit = int((tails >= LEVEL).sum())
+        limit = int((tails >= level).sum())
         return cls(threshold, found, found / size, float(tails[found]), limit)
 
 
@@ -103,6 +104,7 @@ class Memorisation:
         held_out_relative: r of each held-out image, shape (H,).
         score: C_T: below -3 samples are closer to training images than held-out images are, above
             3 they are farther; NaN if there are too few images for it.
+        level: Of the tests; all spaces of an audit share 0.001.
     """
 
     distances: Tensor
@@ -112,20 +114,21 @@ class Memorisation:
     relative: Tensor = _NONE
     held_out_relative: Tensor = _NONE
     score: float = math.nan
+    level: float = LEVEL
 
     @property
     def near(self) -> Excess:
         """Samples with a small distance: copies, or plain images."""
-        return Excess.of(self.distances, self.held_out)
+        return Excess.of(self.distances, self.held_out, self.level)
 
     @property
     def copied(self) -> Excess:
         """Samples with a small relative distance: copies."""
-        return Excess.of(self.relative, self.held_out_relative)
+        return Excess.of(self.relative, self.held_out_relative, self.level)
 
     @property
     def copy_rate(self) -> float:
-        """Share of samples at or below the threshold; about 0.01 for an honest sampler."""
+        """Share of near samples, copies or plain images; about 0.01 for an honest sampler."""
         return self.near.rate
 
     @property
@@ -155,8 +158,8 @@ class Memorisation:
 
     @property
     def copies(self) -> bool:
-        """Whether the sampler copies: p_value below 0.001."""
-        return self.p_value < LEVEL
+        """Whether more samples are near than chance allows."""
+        return self.p_value < self.level
 
     def nearest_pairs(self, num: int) -> Tensor:
         """Returns the samples nearest to a training image, nearest first, int64 (num,).
@@ -231,7 +234,7 @@ def audit(samples: Tensor, train: Tensor, held_out: Tensor, *, flip: bool = Fals
     return audit_vectors(space)
 
 
-def audit_vectors(space: Vectors, seed: int = 0) -> Memorisation:
+def audit_vectors(space: Vectors, seed: int = 0, level: float = LEVEL) -> Memorisation:
     """Compares the distances of samples and of held-out images to the training images.
 
     With mirror images, the distance of an image is that of its nearer side.
@@ -239,6 +242,7 @@ def audit_vectors(space: Vectors, seed: int = 0) -> Memorisation:
     Args:
         space: The images as vectors.
         seed: Of the cells of C_T.
+        level: Of the tests.
 
     Raises:
         InputError: If there are too few training images, or lengths of vectors differ.
@@ -266,6 +270,7 @@ def audit_vectors(space: Vectors, seed: int = 0) -> Memorisation:
         relative,
         real_relative,
         score,
+        level,
     )
 
 

@@ -45,6 +45,13 @@ def fold(weight: Tensor, norm: Mapping[str, Tensor], eps: float) -> tuple[Tensor
 
     Returns:
         Weight and bias in float64, shapes (O, I, K, K) and (O,).
+
+    Example:
+        >>> numbers = {"weight": 1.0, "bias": 0.5, "running_mean": 2.0, "running_var": 3.0}
+        >>> norm = {name: torch.tensor([value]) for name, value in numbers.items()}
+        >>> weight, bias = fold(torch.ones(1, 1, 1, 1), norm, eps=1.0)
+        >>> weight.item(), bias.item()
+        (0.5, -0.5)
     """
     scale = norm["weight"].double() / (norm["running_var"].double() + eps).sqrt()
     bias = norm["bias"].double() - norm["running_mean"].double() * scale

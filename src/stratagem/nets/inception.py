@@ -13,7 +13,7 @@ pool, or a fork whose two convolutions are concatenated. Names are those of pyto
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,15 +66,16 @@ _AVERAGE, _SAME_MAX, _HALF_MAX = Pool("average"), Pool("max"), Pool("max of stri
 _SQUARE, _FIVE, _ROW, _COLUMN = (3, 3), (5, 5), (1, 7), (7, 1)
 
 
+def _chain(name: str, *specs: tuple[Any, ...]) -> Branch:
+    """Convolutions one after another, named name_1, name_2, ...; of each all but its name."""
+    return tuple(Conv(f"{name}_{number}", *spec) for number, spec in enumerate(specs, 1))
+
+
 def _block_a(pool: int) -> tuple[Branch, ...]:
     return (
         (Conv("branch1x1", 64),),
-        (Conv("branch5x5_1", 48), Conv("branch5x5_2", 64, _FIVE)),
-        (
-            Conv("branch3x3dbl_1", 64),
-            Conv("branch3x3dbl_2", 96, _SQUARE),
-            Conv("branch3x3dbl_3", 96, _SQUARE),
-        ),
+        _chain("branch5x5", (48,), (64, _FIVE)),
+        _chain("branch3x3dbl", (64,), (96, _SQUARE), (96, _SQUARE)),
         (_AVERAGE, Conv("branch_pool", pool)),
     )
 
@@ -82,43 +83,25 @@ def _block_a(pool: int) -> tuple[Branch, ...]:
 def _block_b() -> tuple[Branch, ...]:
     return (
         (Conv("branch3x3", 384, _SQUARE, 2, 0),),
-        (
-            Conv("branch3x3dbl_1", 64),
-            Conv("branch3x3dbl_2", 96, _SQUARE),
-            Conv("branch3x3dbl_3", 96, _SQUARE, 2, 0),
-        ),
+        _chain("branch3x3dbl", (64,), (96, _SQUARE), (96, _SQUARE, 2, 0)),
         (_HALF_MAX,),
     )
 
 
 def _block_c(inner: int) -> tuple[Branch, ...]:
+    row, column = (inner, _ROW), (inner, _COLUMN)
     return (
         (Conv("branch1x1", 192),),
-        (
-            Conv("branch7x7_1", inner),
-            Conv("branch7x7_2", inner, _ROW),
-            Conv("branch7x7_3", 192, _COLUMN),
-        ),
-        (
-            Conv("branch7x7dbl_1", inner),
-            Conv("branch7x7dbl_2", inner, _COLUMN),
-            Conv("branch7x7dbl_3", inner, _ROW),
-            Conv("branch7x7dbl_4", inner, _COLUMN),
-            Conv("branch7x7dbl_5", 192, _ROW),
-        ),
+        _chain("branch7x7", (inner,), row, (192, _COLUMN)),
+        _chain("branch7x7dbl", (inner,), column, row, column, (192, _ROW)),
         (_AVERAGE, Conv("branch_pool", 192)),
     )
 
 
 def _block_d() -> tuple[Branch, ...]:
     return (
-        (Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, _SQUARE, 2, 0)),
-        (
-            Conv("branch7x7x3_1", 192),
-            Conv("branch7x7x3_2", 192, _ROW),
-            Conv("branch7x7x3_3", 192, _COLUMN),
-            Conv("branch7x7x3_4", 192, _SQUARE, 2, 0),
-        ),
+        _chain("branch3x3", (192,), (320, _SQUARE, 2, 0)),
+        _chain("branch7x7x3", (192,), (192, _ROW), (192, _COLUMN), (192, _SQUARE, 2, 0)),
         (_HALF_MAX,),
     )
 
@@ -130,11 +113,7 @@ def _block_e(pool: Pool) -> tuple[Branch, ...]:
     return (
         (Conv("branch1x1", 320),),
         (Conv("branch3x3_1", 384), fork("branch3x3_2")),
-        (
-            Conv("branch3x3dbl_1", 448),
-            Conv("branch3x3dbl_2", 384, _SQUARE),
-            fork("branch3x3dbl_3"),
-        ),
+        (Conv("branch3x3dbl_1", 448), Conv("branch3x3dbl_2", 384, _SQUARE), fork("branch3x3dbl_3")),
         (pool, Conv("branch_pool", 192)),
     )
 
@@ -195,32 +174,27 @@ class _Mixed(nn.Module):
         for branch in branches:
             width = num_in
             for step in branch:
-                width = self._add(width, step)
+                if not isinstance(step, Pool):
+                    for conv in _convs(step):
+                        self.add_module(conv.name, _ConvNormRelu(width, conv))
+                    width = sum(conv.width for conv in _convs(step))
             self.num_out += width
-
-    def _add(self, width: int, step: Step) -> int:
-        """Makes the convolutions of a step; returns how many channels leave it."""
-        if isinstance(step, Pool):
-            return width
-        convs = step if isinstance(step, Fork) else (step,)
-        for conv in convs:
-            self.add_module(conv.name, _ConvNormRelu(width, conv))
-        return sum(conv.width for conv in convs)
-
-    def _apply_step(self, h: Tensor, step: Step) -> Tensor:
-        if isinstance(step, Pool):
-            return _pool(h, step)
-        convs = step if isinstance(step, Fork) else (step,)
-        return torch.cat([self.get_submodule(conv.name)(h) for conv in convs], 1)
 
     def forward(self, h: Tensor) -> Tensor:
         outs = []
         for branch in self.branches:
             out = h
             for step in branch:
-                out = self._apply_step(out, step)
+                if isinstance(step, Pool):
+                    out = _pool(out, step)
+                else:
+                    out = torch.cat([self.get_submodule(c.name)(out) for c in _convs(step)], 1)
             outs.append(out)
         return torch.cat(outs, 1)
+
+
+def _convs(step: Conv | Fork) -> tuple[Conv, ...]:
+    return step if isinstance(step, Fork) else (step,)
 
 
 class InceptionNet(nn.Module):

@@ -178,8 +178,8 @@ class Condition(nn.Module):
     def forward(
         self,
         time: Tensor,
-        memory: Tensor | None,
-        label: Tensor | None,
+        memory: Tensor | None = None,
+        label: Tensor | None = None,
         memory_keep: Tensor | None = None,
     ) -> Tensor:
         """Returns c of times (B,), memory (B, D) or None, label (B,) or None.
@@ -229,7 +229,12 @@ def norm_layer(kind: Norm, width: int) -> nn.Module:
 
 
 def modulate(h: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
-    """Returns h (1 + scale) + shift; h (B, L, W), scale and shift (B, 1, W)."""
+    """Returns h (1 + scale) + shift; h (B, L, W), scale and shift (B, 1, W).
+
+    Example:
+        >>> modulate(torch.ones(1, 1, 2), torch.tensor([[[0.5, -1.0]]]))
+        tensor([[[1.5000, 0.0000]]])
+    """
     return h * (1 + scale) if shift is None else h * (1 + scale) + shift
 
 

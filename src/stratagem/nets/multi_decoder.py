@@ -78,14 +78,7 @@ class MultiDecoder(nn.Module):
         rows = (self.num_stages, len(x_t))
         if isinstance(stage, tuple) and self.num_stages > 1 and (len(stage), sum(stage)) != rows:
             raise ValueError(f"{len(x_t)} images, {self.num_stages} stages, but {stage} rows")
-        return self.decode(self.encoder(x_t, time, **condition), stage)
-
-    def decode(self, features: Any, stage: int | Tensor | tuple[int, ...] | None = None) -> Tensor:
-        """Runs the decoders on features of the encoder; `stage` as in `forward`.
-
-        Raises:
-            ValueError: If there are several decoders and no stage, or a stage out of range.
-        """
+        features = self.encoder(x_t, time, **condition)
         if self.num_stages == 1:
             return self.decoders[0](features)
         if stage is None:

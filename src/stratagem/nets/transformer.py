@@ -248,21 +248,18 @@ class TransformerEncoder(nn.Module):
         self.register_buffer("positions", sincos_positions(cfg.width, cfg.grid), persistent=False)
         _initialise(self, cfg.init)
 
-    def forward(
-        self,
-        x_t: Tensor,
-        time: Tensor,
-        *,
-        memory: Tensor | None = None,
-        label: Tensor | None = None,
-        memory_keep: Tensor | None = None,
-    ) -> Features:
-        """Encodes images (B, C, S, S) at times (B,); conditions as in `layers.Condition`.
+    def forward(self, x_t: Tensor, time: Tensor, **condition: Tensor | None) -> Features:
+        """Encodes images (B, C, S, S) at times (B,) under memory, label, memory_keep.
+
+        Args:
+            x_t: Noisy images.
+            time: Times.
+            **condition: As `layers.Condition` takes it.
 
         Raises:
             ValueError: If a condition is given for which the network has no input.
         """
-        c_BW = self.condition(time, memory, label, memory_keep)
+        c_BW = self.condition(time, **condition)
         h_BLW = self.embed(patchify(x_t, self.patch)) + self.positions
         return Features(self.stack(h_BLW, functional.silu(c_BW)), c_BW)
 

@@ -190,21 +190,18 @@ class UNetEncoder(nn.Module):
         self.middle = _middle(cfg, cfg.shared_middle)
         _initialise(self)
 
-    def forward(
-        self,
-        x_t: Tensor,
-        time: Tensor,
-        *,
-        memory: Tensor | None = None,
-        label: Tensor | None = None,
-        memory_keep: Tensor | None = None,
-    ) -> UNetFeatures:
-        """Encodes images (B, C, S, S) at times (B,); conditions as in `layers.Condition`.
+    def forward(self, x_t: Tensor, time: Tensor, **condition: Tensor | None) -> UNetFeatures:
+        """Encodes images (B, C, S, S) at times (B,) under memory, label, memory_keep.
+
+        Args:
+            x_t: Noisy images.
+            time: Times.
+            **condition: As `layers.Condition` takes it.
 
         Raises:
             ValueError: If a condition is given for which the network has no input.
         """
-        c_BK = self.condition(time, memory, label, memory_keep)
+        c_BK = self.condition(time, **condition)
         h = self.stem(x_t)
         skips, copy = [h], x_t
         for level, blocks in enumerate(self.blocks):
@@ -235,10 +232,7 @@ class UNetDecoder(nn.Module):
     """
 
     def __init__(
-        self,
-        cfg: UNetConfig,
-        width: int | None = None,
-        attention: tuple[int, ...] | None = None,
+        self, cfg: UNetConfig, width: int | None = None, attention: tuple[int, ...] | None = None
     ) -> None:
         super().__init__()
         attention = cfg.attention if attention is None else attention

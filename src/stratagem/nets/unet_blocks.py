@@ -143,14 +143,8 @@ class UNetCondition(nn.Module):
             time=nn.Sequential(*perceptron),
         )
 
-    def forward(
-        self,
-        time: Tensor,
-        memory: Tensor | None = None,
-        label: Tensor | None = None,
-        memory_keep: Tensor | None = None,
-    ) -> Tensor:
-        """Returns silu(c) of times (B,); memory (B, D), label (B,), memory_keep (B, width).
+    def forward(self, time: Tensor, label: Tensor | None = None, **memory: Tensor | None) -> Tensor:
+        """Returns silu(c) of times (B,); label (B,), memory (B, D), memory_keep (B, width).
 
         Raises:
             ValueError: If a condition is given for which the network has no input.
@@ -159,7 +153,7 @@ class UNetCondition(nn.Module):
         if self.label is not None:
             features = features + (self.label.weight[-1] if label is None else self.label(label))
             label = None
-        return functional.silu(self.join(features, memory, label, memory_keep))
+        return functional.silu(self.join(features, label=label, **memory))
 
 
 # --- sides -------------------------------------------------------------------------------------

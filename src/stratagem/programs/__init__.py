@@ -13,7 +13,7 @@ import torch
 
 from stratagem.errors import InputError
 
-__all__ = ["Device", "Progress", "device_of", "share_of", "silent"]
+__all__ = ["Device", "Progress", "device_of", "part_of", "share_of", "silent"]
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -23,6 +23,16 @@ Progress = Callable[[int, int], None]
 
 def silent(done: int, total: int) -> None:
     """Shows no progress."""
+
+
+def part_of(progress: Progress, number: int, parts: int) -> Progress:
+    """Returns the progress of one of several equal parts of a work.
+
+    Example:
+        >>> part_of(lambda done, total: print(done, "of", total), 1, 3)(5, 10)
+        15 of 30
+    """
+    return lambda done, total: progress(number * total + done, parts * total)
 
 
 def share_of(progress: Progress, parts: Sequence[int], number: int) -> Progress:

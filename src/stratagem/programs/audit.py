@@ -37,14 +37,7 @@ from stratagem.programs.measures import Measures
 from stratagem.programs.reference import Reference
 from stratagem.programs.sources import Source, held, of_dataset
 
-__all__ = [
-    "Audit",
-    "Judge",
-    "Verdict",
-    "percent",
-    "probability",
-    "verdict",
-]
+__all__ = ["Audit", "Judge", "Verdict", "percent", "probability", "verdict"]
 
 Encode = Callable[[Tensor], Tensor]
 _HELD_OUT = 10_000  # at most so many held-out images, evenly spaced
@@ -117,6 +110,7 @@ class Audit:
             "distance_ratio": found.ratio,
             "copied": found.copied._asdict(),
             "near": found.near._asdict(),
+            "level": found.level,
             "c_t": found.score,
             "auth_pct": 100 * found.authentic,
             "pairs": [
@@ -132,7 +126,7 @@ class Audit:
 
 
 def verdict(spaces: Mapping[str, Memorisation]) -> Verdict:
-    """Judges samples by all spaces: one that shows copies is enough.
+    """Judges samples by all spaces: one that shows copies at its level is enough.
 
     Args:
         spaces: What was found in each space, by its name.
@@ -159,11 +153,11 @@ def verdict(spaces: Mapping[str, Memorisation]) -> Verdict:
         f"held-out real images; {percent(rank / (held_out + 1))} is chance (in {name}, p "
         f"{probability(copied.p_value)})."
     )
-    if copied.p_value < LEVEL:
+    if copied.p_value < first.level:
         return Verdict("copies", f"These samples hold copies: {evidence}")
     limit = min(m.copied.limit for m in spaces.values())
     unseen = f"Fewer than {limit:,} copies in {num:,} would not have been noticed."
-    near = [n for n, m in spaces.items() if m.near.p_value < LEVEL or m.score < -3]
+    near = [n for n, m in spaces.items() if m.near.p_value < m.level or m.score < -3]
     if near:
         text = (
             "No copies were found, but the samples are nearer to training images than real images "
@@ -249,7 +243,7 @@ class Judge:
             for name, encode in encoders.items():
                 train = self._rows(name, encode, Path(folder) / name, count)
                 vectors = self._vectors(audited.images, encode, train, count)
-                spaces[name] = audit_vectors(vectors)
+                spaces[name] = audit_vectors(vectors, level=LEVEL / len(encoders))
                 if audited.repeats is not None:
                     images, snippets = audited.repeats
                     rows = self._encode(encode, images, count).double() / vectors.scale

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stratagem.metrics.memorisation import Memorisation
+from stratagem.metrics.memorisation import LEVEL, Memorisation
 from stratagem.programs.audit import Audit, percent, probability
 from stratagem.report.bank_map import bank_map
 from stratagem.report.charts import Series, format_number, line_chart
@@ -43,6 +43,8 @@ def audit_page(found: Audit) -> str:
 
 
 def _figures(found: Audit) -> Section:
+    spaces = found.spaces.values()
+    level = f"{next(iter(spaces)).level:g}"
     mirrored = ", or its mirror image to it," if found.protocol["mirrored"] else ""
     text = (
         "Every sample is compared with every training image, and so is every held-out real image, "
@@ -51,19 +53,19 @@ def _figures(found: Audit) -> Section:
         "frozen networks.\n\n"
         "Copies are samples that are nearer to a training image, measured against their distance "
         "to the nearest held-out image, than 99 % of held-out images are; p is the probability of "
-        "as many by chance. Near samples are so by the distance itself, which is small for plain "
-        "images, too. The distance ratio is the median of samples over that of held-out images. "
-        "C_T (Meehan et al. 2020) compares the same distances region by region: below "
-        "\N{MINUS SIGN}3 samples are too near, above 3 too far. AuthPct (Alaa et al. 2022) is the "
-        "share of samples that are farther from their training image than that one is from the "
-        "next."
+        f"as many by chance, and less than {level} an accusation: {len(spaces)} such tests accuse "
+        f"one honest sampler in {1 / LEVEL:,.0f} at most. Near samples are so by the distance "
+        "itself, which is small for plain images, too. The distance ratio is the median of samples "
+        "over that of held-out images. C_T (Meehan et al. 2020) compares the same distances region "
+        "by region: below \N{MINUS SIGN}3 samples are too near, above 3 too far. AuthPct (Alaa et "
+        "al. 2022) is the share of samples that are farther from their training image than that "
+        "one is from the next."
     )
-    spaces = found.spaces.values()
     rows: list[list[str | float | None]] = [
         ["copies", "1 %", *(percent(m.copied.rate) for m in spaces)],
-        ["p of copies", "above 0.001", *(probability(m.copied.p_value) for m in spaces)],
+        ["p of copies", f"above {level}", *(probability(m.copied.p_value) for m in spaces)],
         ["near samples", "1 %", *(percent(m.near.rate) for m in spaces)],
-        ["p of near samples", "above 0.001", *(probability(m.near.p_value) for m in spaces)],
+        ["p of near samples", f"above {level}", *(probability(m.near.p_value) for m in spaces)],
         ["distance ratio", "1", *(f"{m.ratio:.2f}" for m in spaces)],
         ["C_T", "\N{MINUS SIGN}3 to 3", *(format_number(round(m.score, 1)) for m in spaces)],
         ["AuthPct", None, *(percent(m.authentic) for m in spaces)],

@@ -28,12 +28,11 @@ from stratagem.memory.compress import Fidelity, Format, compress, fidelity
 from stratagem.memory.interpolate import Way
 from stratagem.memory.search import nearest, rows_near
 from stratagem.memory.store import blank
-from stratagem.programs import Device, Progress, device_of, silent
+from stratagem.programs import Device, Progress, device_of, part_of, silent
 from stratagem.programs.bank_images import encode_files, encode_images, rows_of_file
 
 __all__ = [
     "Added",
-    "Neighbours",
     "add_to_bank",
     "build_bank",
     "compress_bank",
@@ -61,22 +60,6 @@ class Added(NamedTuple):
     num: int
     residuals: Tensor
     rejected: list[tuple[str, str]]
-
-
-class Neighbours(NamedTuple):
-    """Rows nearest to images.
-
-    Attributes:
-        names: Of the images that were searched for, Q of them.
-        cosines: Falling, shape (Q, k).
-        rows: Shape (Q, k), int64.
-        ids: Names of these rows.
-    """
-
-    names: list[str]
-    cosines: Tensor
-    rows: Tensor
-    ids: list[list[str]]
 
 
 def build_bank(
@@ -194,13 +177,9 @@ def compress_bank(
     refuse_existing(out, replace=False)
     full = MemoryBank.load(path)
     passes = 3 if form == "low-rank" else 2
-
-    def part(number: int) -> Progress:
-        return lambda done, total: progress(done + number * total, passes * total)
-
-    small = compress(full, form, rank=rank, cosine=cosine, progress=part(0))
-    small = _save(small, out, part(passes - 2))
-    return small, fidelity(full, small, seed=seed, progress=part(passes - 1))
+    found, written, compared = (part_of(progress, n, passes) for n in (0, passes - 2, passes - 1))
+    small = _save(compress(full, form, rank=rank, cosine=cosine, progress=found), out, written)
+    return small, fidelity(full, small, seed=seed, progress=compared)
 
 
 def add_to_bank(
@@ -335,7 +314,7 @@ def nearest_in_bank(
     *,
     weights: str | None = None,
     progress: Progress = silent,
-) -> Neighbours:
+) -> list[dict[str, Any]]:
     """Finds the rows nearest to images.
 
     Args:
@@ -345,14 +324,27 @@ def nearest_in_bank(
         weights: Of the bank's encoder, where it needs them, see `bank_images`.
         progress: Called with the number of images encoded and of all.
 
+    Returns:
+        For each image its name and its rows, the nearest first: {"image": ..., "rows": [{"row":
+        ..., "cosine": ..., "id": ...}, ...]}.
+
     Raises:
         InputError: If no image can be used, or there are fewer rows than wanted.
     """
     bank = MemoryBank.load(path)
     found = encode_files(bank, source, weights, progress)
     cosines, rows = nearest(bank, found.vectors[:, 0], num)
-    ids = [[bank.ids[row] for row in line] for line in rows.tolist()]
-    return Neighbours(found.names, cosines, rows, ids)
+    lines = zip(found.names, rows.tolist(), cosines.tolist(), strict=True)
+    return [
+        {
+            "image": name,
+            "rows": [
+                {"row": row, "cosine": cosine, "id": bank.ids[row]}
+                for row, cosine in zip(own, near, strict=True)
+            ],
+        }
+        for name, own, near in lines
+    ]
 
 
 def _save(bank: MemoryBank, out: Path, progress: Progress = silent) -> MemoryBank:

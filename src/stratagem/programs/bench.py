@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from stratagem.assemble import Inputs, Model, Parts, make_objective
 from stratagem.autoencoders import finish_of
 from stratagem.batches import Batch
-from stratagem.config import RunConfig
+from stratagem.config import RunConfig, StagesConfig
 from stratagem.distributed import connect
 from stratagem.errors import InputError
 from stratagem.nets.cost import macs, parameters
@@ -35,7 +35,7 @@ from stratagem.prefetch import to_device
 from stratagem.programs import Progress, silent
 from stratagem.programs.blank import Blank, blank_parts, sized_inputs
 from stratagem.programs.cost import blank_images, call_times, cost_of
-from stratagem.programs.machine import device_name, peak_bytes, product_rate, sheet_rate, wait
+from stratagem.programs.machine import device_name, peak_bytes, product_rate, sheet_rate, tf32, wait
 from stratagem.programs.sample import SampleConfig, sample_run
 from stratagem.stopping import StopFlag
 from stratagem.train import Hook, TrainState, fit
@@ -133,7 +133,8 @@ def bench_train(
         if config.stages.batch == "single":
             raise InputError("bench train wants steps alike: give --set stages.batch=mixed")
         config = dataclasses.replace(
-            config, stages=dataclasses.replace(config.stages, warm_steps=0)
+            config,
+            stages=dataclasses.replace(config.stages, warm_steps=0, tie=StagesConfig.tie),
         )
     if cfg.accumulate != 1:
         raise InputError("bench train makes one pass a step: give --set train.accumulate=1")
@@ -314,7 +315,7 @@ def bench_sample(
                 work()
                 wait(world.device)
                 found[name].append(time.perf_counter() - begun)
-            rates.append(product_rate(world.device, "float32"))
+            rates.append(tf32()(product_rate)(world.device, "float32"))
             progress(done + 1, rounds)
         whole, network = (statistics.median(found[name]) for name in ("all", "network"))
         return SampleSpeed(
@@ -331,31 +332,17 @@ def bench_sample(
 
 def _untrained(config: RunConfig, inputs: Inputs) -> Model:
     """Returns a network as it is initialised, ready to sample."""
-    made, data = inputs.description, inputs.data
-    denoiser = make_objective(_without_head(config), made, inputs.stages).denoiser
-    return Model(
-        denoiser.eval().requires_grad_(False),
-        config,
-        data.shape,
-        made["num_classes"],
-        inputs.bank,
-        0,
-        data.fingerprint,
-        data.path,
-        finish_of(made),
-    )
+    made, headless = inputs.description, dataclasses.replace(config, align=None)
+    denoiser = make_objective(headless, made, inputs.stages).denoiser.eval().requires_grad_(False)
+    return Model(denoiser, config, made, inputs.bank, 0, inputs.data.path, finish_of(made))
 
 
-def _without_head(config: RunConfig) -> RunConfig:
-    return dataclasses.replace(config, align=None)
-
-
+@tf32()
 @torch.no_grad()
 def _calls(model: Model, times: list[float], size: int) -> None:
     """Calls the network as a sampler does, and does nothing else."""
     weight = next(model.denoiser.parameters())
-    dim = 0 if model.bank is None else model.bank.dim
-    x_t, _, condition = blank_images(model.shape, dim, model.num_classes, size)
+    x_t, _, condition = blank_images(model.made, size)
     condition = {name: value.to(weight.device) for name, value in condition.items()}
     x_t = x_t.to(weight)
     for t in times:

@@ -22,13 +22,13 @@ from stratagem.memory.bank import MemoryBank
 from stratagem.metrics.memorisation import LEVEL
 from stratagem.programs.evaluate import Evaluation
 from stratagem.programs.results import RunResult, join_seeds, read_run
+from stratagem.report.agreement import FRAMES, agreement_map
 from stratagem.report.bank_map import bank_map
 from stratagem.report.charts import Series, line_chart
 from stratagem.report.fronts import front_chart
-from stratagem.report.heatmap import heat_map
 from stratagem.report.page import Section, neighbour_grid, page, save_page, table
 
-__all__ = ["RunResult", "compare", "copies", "images_to_reach", "read_run", "result_sections"]
+__all__ = ["RunResult", "compare", "images_to_reach", "read_run", "result_sections", "too_near"]
 
 _SHOWN = 20
 
@@ -119,8 +119,8 @@ def images_to_reach(run: RunResult, metric: str, target: float) -> float | None:
     return None
 
 
-def copies(found: Evaluation) -> bool:
-    """Says whether the samples hold more copies of training images than chance allows."""
+def too_near(found: Evaluation) -> bool:
+    """Says whether more samples are near to training images than chance allows."""
     return found.memorisation is not None and found.memorisation["p_value"] < LEVEL
 
 
@@ -135,8 +135,8 @@ def speed_sentence(results: Sequence[RunResult]) -> str:
         if images is None:
             parts.append(f"{run.name} does not reach it ({run.last.distances[metric]:.3f})")
         else:
-            share = images / total
-            parts.append(f"{run.name} reaches it after {images:,.0f} ({100 * share:.0f} %)")
+            share = f" ({100 * images / total:.0f} %)" if total else ""
+            parts.append(f"{run.name} reaches it after {images:,.0f}{share}")
     first = f"{base.name} ends at {metric} {target:.3f} after {total:,} images"
     return f"{first}; {'; '.join(parts)}." if parts else f"{first}."
 
@@ -157,22 +157,12 @@ def _require_one_protocol(results: Sequence[RunResult]) -> None:
 
 def _agreements(results: Sequence[RunResult]) -> list[Section]:
     """Shows what the stages come from, each matrix once."""
-    text = (
-        "How many pixels the best possible denoisers of two noise levels agree on. Frames are the "
-        "stages: what is shared inside one decoder, and what is not."
-    )
+    text = f"How many pixels the best possible denoisers of two noise levels agree on. {FRAMES}"
     shown: dict[tuple[float, ...], Section] = {}
     for run in results:
         if run.agreement is not None and run.agreement.edges not in shown:
-            body = heat_map(
-                run.agreement.matrix,
-                label="time t (0 clean, 1 noise)",
-                value="share of pixels that agree",
-                edges=run.agreement.edges,
-            )
-            shown[run.agreement.edges] = Section(
-                f"Agreement of noise levels: {run.name}", text, body
-            )
+            title, body = f"Agreement of noise levels: {run.name}", agreement_map(*run.agreement)
+            shown[run.agreement.edges] = Section(title, text, body)
     return list(shown.values())
 
 
@@ -257,10 +247,10 @@ def _figures(results: Sequence[RunResult]) -> Section:
     text = (
         "Of the last checkpoint. MACs are per image and network call, attention included, as a "
         "mean over the calls of the sampler; images per second are the median. The distance to the "
-        "nearest training image is the median, as per-pixel RMS with pixels in [0, 1]. The copy "
-        "rate is the share of samples nearer than 99 % of held-out real images come: 1 % is "
-        "chance. Blurred samples are near to everything, so look at the pairs below before "
-        "accusing."
+        "nearest training image is the median, as per-pixel RMS with pixels in [0, 1]. Near "
+        "samples are those that are nearer than 99 % of held-out real images come: 1 % is "
+        "chance. Copies are near, and so are blurred or plain samples: stratagem audit tells them "
+        "apart."
     )
     real: Mapping[str, float] = found.protocol["held_out_real"] or {}
     if real and found.memorisation is not None:
@@ -279,7 +269,7 @@ def _quality_table(results: Sequence[RunResult]) -> str:
     metrics = list(results[0].last.distances)
     headers = ["run", *metrics, *(f"{m}, held-out snippets" for m in metrics)]
     best: dict[int, Literal["min", "max"]] = dict.fromkeys(range(1, len(headers)), "min")
-    headers += ["nearest training image", "copies, %"]
+    headers += ["nearest training image", "near samples, %"]
     rows = [[r.name, *_quality(r.last, metrics)] for r in results]
     if any(r.bands for r in results):
         headers += [f"{m}, range over seeds" for m in metrics]
@@ -302,7 +292,10 @@ def _cost_table(results: Sequence[RunResult]) -> str:
     headers = ["run", "parameters", "MACs per call, millions", "training images per second"]
     return table(
         headers,
-        [[r.name, r.cost.parameters, r.cost.mean_macs / 1e6, round(r.rate)] for r in results],
+        [
+            [r.name, r.cost.parameters, r.cost.mean_macs / 1e6, r.rate and round(r.rate)]
+            for r in results
+        ],
     )
 
 

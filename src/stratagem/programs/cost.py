@@ -7,9 +7,9 @@ run once on a stand-in that only notes the times it is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,9 +65,8 @@ class Cost:
 
 def cost_of(model: Model, cfg: SampleConfig) -> Cost:
     """Counts what a trained run costs when it samples like this."""
-    denoiser, dim = model.denoiser, model.bank.dim if model.bank is not None else 0
-    met = visits(model.config, denoiser.stages, cfg)
-    return network_cost(denoiser.backbone, blank_images(model.shape, dim, model.num_classes), met)
+    met = visits(model.config, model.denoiser.stages, cfg)
+    return network_cost(model.denoiser.backbone, blank_images(model.made), met)
 
 
 def visits(run: RunConfig, stages: Stages | None, cfg: SampleConfig) -> Visits:
@@ -85,16 +84,19 @@ def visits(run: RunConfig, stages: Stages | None, cfg: SampleConfig) -> Visits:
     return Visits(draws, calls)
 
 
-def blank_images(
-    shape: Sequence[int], memory_dim: int, num_classes: int, num: int = 1
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Returns what a backbone is called with, for some images: x_t, time and condition."""
+def blank_images(made: Mapping[str, Any], num: int = 1) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Returns what a backbone is called with, for some images: x_t, time and condition.
+
+    Args:
+        made: What the run is made from, `assemble.Parts.description`.
+        num: How many images.
+    """
     condition: dict[str, Tensor] = {}
-    if memory_dim:
-        condition["memory"] = torch.zeros(num, memory_dim)
-    if num_classes:
+    if made["memory_dim"]:
+        condition["memory"] = torch.zeros(num, made["memory_dim"])
+    if made["num_classes"]:
         condition["label"] = torch.zeros(num, dtype=torch.int64)
-    return torch.zeros(num, *shape), torch.zeros(num), condition
+    return torch.zeros(num, *made["shape"]), torch.zeros(num), condition
 
 
 def network_cost(

@@ -27,9 +27,16 @@ from stratagem.data.shards import DataSet
 from stratagem.errors import InputError
 from stratagem.programs import Progress
 from stratagem.programs.bank import build_bank
-from stratagem.programs.compare import RunResult, copies, images_to_reach, read_run, speed_sentence
+from stratagem.programs.compare import (
+    RunResult,
+    images_to_reach,
+    read_run,
+    speed_sentence,
+    too_near,
+)
 from stratagem.programs.demo_page import DemoResult, demo_page
-from stratagem.programs.evaluate import Reference, evaluate_run
+from stratagem.programs.evaluate import evaluate_run
+from stratagem.programs.reference import Reference
 from stratagem.programs.sample import SampleConfig
 from stratagem.programs.stages import stages as find_stages
 from stratagem.programs.train import fastest_threads
@@ -190,12 +197,8 @@ def _make_banks(shop: _Workshop) -> None:
 
 
 def _make_stages(shop: _Workshop) -> None:
-    """By the paper's thresholds; by the dynamic programme where the data never cross them."""
     with shop.task("stages", "samples") as progress:
-        try:
-            find_stages(shop.data, shop.stages, seed=shop.cfg.seed, progress=progress)
-        except InputError:
-            find_stages(shop.data, shop.stages, method="dp", seed=shop.cfg.seed, progress=progress)
+        find_stages(shop.data, shop.stages, seed=shop.cfg.seed, progress=progress)
 
 
 def _train_and_evaluate(shop: _Workshop, name: str, config: RunConfig, real: _Real) -> RunResult:
@@ -226,6 +229,6 @@ def choose_encoder(plain: RunResult, memories: dict[str, RunResult]) -> str:
     def rank(encoder: str) -> tuple[bool, float]:
         run = memories[encoder]
         images = images_to_reach(run, metric, target)
-        return copies(run.last), float("inf") if images is None else images
+        return too_near(run.last), float("inf") if images is None else images
 
     return min(memories, key=rank)

@@ -6,7 +6,6 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,8 +13,9 @@ from stratagem import __version__
 from stratagem.assemble import make_schedule
 from stratagem.config import RunConfig
 from stratagem.data.shards import DataSet
-from stratagem.programs.compare import RunResult, copies, images_to_reach, result_sections
-from stratagem.report.charts import Series, format_number, line_chart
+from stratagem.programs.compare import RunResult, images_to_reach, result_sections, too_near
+from stratagem.report.agreement import agreement_chart
+from stratagem.report.charts import format_number
 from stratagem.report.page import Section, image_grid, page, table
 from stratagem.stages import Stages
 
@@ -102,19 +102,19 @@ def _encoders(result: DemoResult) -> Section:
         f"{metric}, held-out snippets",
         "nearest training image",
         "of held-out real images",
-        "copies, %",
+        "near samples, %",
     ]
-    flagged = [run.name for run in runs if copies(run.last)]
+    flagged = [run.name for run in runs if too_near(run.last)]
     verdict = (
-        f"More copies than chance allows were found for {' and '.join(flagged)}. "
+        f"More samples than chance allows are near to training images: {' and '.join(flagged)}. "
         if flagged
-        else "Neither has more copies than chance allows. "
+        else "Neither has more samples near to training images than chance allows. "
     )
     text = (
         "A snippet is only as good as the encoder that makes it. pixels is the image itself, "
         "scaled to unit length; effnet is EfficientNet-Lite0 with ImageNet weights. Both were "
         f"measured. {verdict}memory+stages takes {result.chosen}, which reaches the last distance "
-        "of plain after fewer images; an encoder with excess copies would have come second."
+        "of plain after fewer images; one with too many near samples would have come second."
     )
     return Section("Which memory encoder", text, table(headers, rows))
 
@@ -122,21 +122,10 @@ def _encoders(result: DemoResult) -> Section:
 def _stages(result: DemoResult) -> Section:
     stages, record = Stages.load(result.stages)
     schedule = make_schedule(record["schedule"])
-    curves: dict[str, Any] = record["curves"]
     times = stages.times(schedule)
     edges = "; ".join(
         f"t = {t:.3f} (log-SNR {format_number(round(e, 2))})"
         for t, e in zip(times, stages.edges, strict=True)
-    )
-    series = [
-        _band("agreement with the clean end", curves, "to_clean"),
-        _band("agreement with the noise end", curves, "to_noise"),
-    ]
-    chart = line_chart(
-        series,
-        x_label="time t (0 clean, 1 noise)",
-        y_label="share of pixels that agree",
-        marks=[(t, f"edge {k + 1}") for k, t in enumerate(times)],
     )
     staged = [r for r in result.runs if len(r.cost.stage_macs) > 1]
     cost = "".join(
@@ -144,27 +133,16 @@ def _stages(result: DemoResult) -> Section:
         f"stages, which the sampler calls {', '.join(map(str, r.cost.calls))} times."
         for r in staged[:1]
     )
-    rule = (
-        "where the agreement with either end is lost, the noise axis is cut"
-        if record["method"] == "optimal-denoiser"
-        else "these data never lose it by the paper's measure, so the axis is cut where the "
-        "agreement within the stages is greatest (dynamic programme)"
-    )
     text = (
         "For a finite data set the best possible denoiser is known in closed form. Where its "
         "answer at one noise level agrees with that at another, one decoder can serve both; "
-        f"{rule}. Here: {edges}.{cost}\n\n"
+        "the axis is cut where the agreement within the stages is greatest (dynamic programme). "
+        f"Here: {edges}.{cost}\n\n"
         "Whether stages help at this size is an open question: the figures below are what came "
         "out, and nothing was tuned on them."
     )
+    chart = agreement_chart({"": record["curves"]}, times)
     return Section("Where the stages are", text, chart)
-
-
-def _band(name: str, curves: dict[str, Any], key: str) -> Series:
-    mean, error = curves[key], curves[f"{key}_se"]
-    low = [m - 2 * e for m, e in zip(mean, error, strict=True)]
-    high = [m + 2 * e for m, e in zip(mean, error, strict=True)]
-    return Series(name, curves["times"], mean, low, high)
 
 
 def _scale(data: DataSet) -> float:

@@ -35,16 +35,12 @@ from stratagem.distributed import World
 from stratagem.errors import InputError
 from stratagem.metrics.memorisation import Memorisation, audit, nearest
 from stratagem.programs import Progress, silent
-from stratagem.programs.measures import FeatureName, Measures
 from stratagem.programs.reference import Reference
 from stratagem.programs.sample import SampleConfig, sample_into
 from stratagem.programs.sources import Source, held, open_source
 
 __all__ = [
     "Evaluation",
-    "FeatureName",
-    "Measures",
-    "Reference",
     "evaluate_images",
     "evaluate_run",
     "load_all",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stratagem import checkpoint
-from stratagem.artifact import write_record
+from stratagem.artifact import write_bytes, write_record
 from stratagem.checkpoint import Checkpoint
 from stratagem.config import (
     DiffusionConfig,
@@ -37,6 +37,7 @@ from stratagem.interop.state_dict import Weights, read
 from stratagem.interop.unet import convert_unet
 from stratagem.interop.unet_shapes import FAMILIES, OfficialUNet, UNetSource, inspect_unet
 from stratagem.memory.bank import MemoryBank
+from stratagem.nets.multi_decoder import MultiDecoder
 from stratagem.nets.transformer import TransformerConfig
 from stratagem.nets.unet import UNetConfig
 from stratagem.nets.unet_style import STYLES
@@ -137,19 +138,14 @@ def _import_transformer(
     made = _description(cfg, official.family.title, file, held)
     if told.latent_stats is not None or told.latent_multiplier is not None:
         made["latents"] = _latents(told, cfg.channels)
-    with torch.device("meta"):  # only its shapes are needed
-        net = make_backbone(config, made)
-    weights = convert(found.tensors, official, net)
-    _write(out, config, made, weights)
+    weights = convert(found.tensors, official, _shapes(config, made))
     head = official.family.projector
-    return Imported(
-        official.family.title,
+    about = (
         f"width {cfg.width}, depth {official.depth}, {cfg.heads} heads, images "
-        f"{cfg.channels}x{cfg.image_size}x{cfg.image_size} in patches of {cfg.patch}",
-        sum(tensor.numel() for tensor in weights.values()),
-        (*found.left_out, *(("the projector",) if _has_head(found.tensors, head) else ())),
-        place if cfg.memory_dim else None,
+        f"{_by(made['shape'])} in patches of {cfg.patch}"
     )
+    left_out = (*found.left_out, *(("the projector",) if _has_head(found.tensors, head) else ()))
+    return _write(out, config, made, weights, about, left_out, place if cfg.memory_dim else None)
 
 
 def _import_unet(
@@ -173,18 +169,21 @@ def _import_unet(
     if official.family.project == "ldm":  # of an autoencoder that no file names, unscaled
         mean, std = [0.0] * cfg.channels, [1.0] * cfg.channels
         made["latents"] = {"autoencoder": {}, "mean": mean, "std": std}
-    with torch.device("meta"):  # only its shapes are needed
-        net = make_backbone(config, made)
+    net = _shapes(config, made)
     weights = convert_unet(found.tensors, official.family.project, cfg, net)
-    _write(out, config, made, weights)
-    return Imported(
-        official.family.title,
-        f"width {cfg.width}, decoders {', '.join(map(str, official.widths))}, images "
-        f"{cfg.channels}x{cfg.image_size}x{cfg.image_size}",
-        sum(tensor.numel() for tensor in weights.values()),
-        found.left_out,
-        None,
-    )
+    decoders = ", ".join(map(str, official.widths))
+    about = f"width {cfg.width}, decoders {decoders}, images {_by(made['shape'])}"
+    return _write(out, config, made, weights, about, found.left_out)
+
+
+def _shapes(config: RunConfig, made: dict[str, Any]) -> MultiDecoder:
+    """Returns the network of a run, whose numbers take no memory."""
+    with torch.device("meta"):
+        return make_backbone(config, made)
+
+
+def _by(shape: list[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _latents(told: Told, channels: int) -> dict[str, Any]:
@@ -302,12 +301,22 @@ def _description(
     }
 
 
-def _write(out: Path, config: RunConfig, made: dict[str, Any], weights: dict[str, Tensor]) -> None:
-    """Writes the run; its config, which makes the folder a run, last."""
+def _write(
+    out: Path,
+    config: RunConfig,
+    made: dict[str, Any],
+    weights: dict[str, Tensor],
+    about: str,
+    left_out: tuple[str, ...],
+    bank: Path | None = None,
+) -> Imported:
+    """Writes the run, its config, which makes the folder a run, last; says what was imported."""
     state = {"step": 0, "sums": {}, "threads": torch.get_num_threads()}
     empty: dict[str, dict[str, Tensor]] = {group: {} for group in checkpoint.GROUPS}
     groups = empty | {"model": weights, "ema": weights}
     with checkpoint.lock(out):
         checkpoint.save(out, Checkpoint(0, groups, state))
         write_record(out / "run.json", "run", made)
-        (out / "config.yaml").write_text(dump(config))
+        write_bytes(out / "config.yaml", dump(config).encode())
+    num = sum(tensor.numel() for tensor in weights.values())
+    return Imported(made["imported"]["from"], about, num, left_out, bank)

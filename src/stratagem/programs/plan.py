@@ -130,7 +130,7 @@ def plan(config: RunConfig, sizes: Blank | None = None) -> Plan:
     with FakeTensorMode():
         objective = make_objective(config, made, inputs.stages, align)
         memory = _memory(objective, config, made, met)
-        cost = network_cost(objective.denoiser.backbone, _images(made), met)
+        cost = network_cost(objective.denoiser.backbone, blank_images(made), met)
     return Plan(config, tailoring, cost, memory)
 
 
@@ -164,7 +164,7 @@ def _tailored(config: RunConfig, inputs: Inputs) -> tuple[RunConfig, Tailoring |
     hard = difficulty(stages, inputs.record["curves"])
     made = {**inputs.description, "stages": []}  # of one stage, for decoders are made alike
     with torch.device("meta"):
-        x_t, t, condition = _images(made)
+        x_t, t, condition = blank_images(made)
         whole = make_backbone(dataclasses.replace(config, stages=None), made)
         unified = macs(whole, x_t, t, **condition)
         encoder = next(_networks(config, made))[1].encoder
@@ -220,10 +220,6 @@ def _visits(config: RunConfig, inputs: Inputs) -> Visits:
     return visits(config, inputs.stages, SampleConfig())
 
 
-def _images(made: dict[str, Any], num: int = 1) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    return blank_images(made["shape"], made["memory_dim"], made["num_classes"], num)
-
-
 def _memory(objective: Objective, config: RunConfig, made: dict[str, Any], met: Visits) -> Memory:
     """Makes the tensors of a training, without content, and adds up their sizes."""
     train = dataclasses.replace(config.train, compile=False)
@@ -251,7 +247,7 @@ def _activations(objective: Objective, config: RunConfig, made: dict[str, Any], 
     """Estimates the bytes that a pass keeps: those of network and head, the losses' left out."""
     train, backbone = config.train, objective.denoiser.backbone
     rows = -(-train.batch_size // train.accumulate)
-    x_t, t, condition = _images(made, rows)
+    x_t, t, condition = blank_images(made, rows)
     batches: list[int | tuple[int, ...]] = [0]
     if config.stages is not None and config.stages.form != "unified":
         single = config.stages.batch == "single"

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from stratagem import artifact
+from stratagem.data.shards import KIND as DATASET
 from stratagem.data.shards import DataSet
 from stratagem.distributed import World
 from stratagem.errors import InputError
@@ -26,18 +27,17 @@ from stratagem.metrics.inception_score import SPLIT, inception_score
 from stratagem.metrics.kernel import kid
 from stratagem.metrics.neighbours import neighbour_scores
 from stratagem.metrics.summary import Summary, Wanted, summarise
-from stratagem.programs import Progress, silent
+from stratagem.programs import Progress, part_of, silent
 from stratagem.programs.measures import FeatureName, Measures, check, fit_net, load_net
 from stratagem.programs.sources import (
     Source,
     holds_images,
-    is_dataset,
     of_dataset,
     open_source,
     read_statistics,
 )
 
-__all__ = ["Figures", "Reference"]
+__all__ = ["Figures", "Reference", "cache_beside"]
 
 log = logging.getLogger(__name__)
 KIND = "statistics"
@@ -139,11 +139,7 @@ class Reference:
         """
         found, m = Figures({}, {}, {}), self.measures
         for number, (net, real) in enumerate(zip(self.nets, self.summaries, strict=True)):
-
-            def told(done: int, total: int, before: int = number) -> None:
-                progress(before * total + done, len(self.nets) * total)
-
-            wanted = self._wanted(net)
+            told, wanted = part_of(progress, number, len(self.nets)), self._wanted(net)
             rows, classes = bool(m.bootstrap), "is" in m.metrics and _is_inception(net)
             wanted = Wanted(wanted.rows or rows, wanted.spatial, classes)
             self._measure(found, net, real, self._summary(samples, net, wanted, told))
@@ -198,7 +194,7 @@ class Reference:
     def _open(self, path: Path) -> Source | None:
         """Opens real images, or statistics, or both."""
         self._stored = read_statistics(path)
-        if is_dataset(path):
+        if artifact.kind_of(path) == DATASET:
             self.data = DataSet.open(path)
             return of_dataset(self.data)
         return open_source(path) if self._stored is None or holds_images(path) else None
@@ -293,6 +289,12 @@ class Reference:
             return artifact.fingerprint(self._stored.pooled.mean.tolist())
         assert self.source is not None
         return self.source.fingerprint()
+
+
+def cache_beside(path: Path) -> Path:
+    """Returns the folder in which features of real images are kept, if no other is given."""
+    path = path.absolute()
+    return path.parent / f"{path.name}.statistics"
 
 
 def _is_inception(net: FeatureNet) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from stratagem.memory.bank import MemoryBank
 from stratagem.programs.cost import Cost, cost_of
 from stratagem.programs.evaluate import Evaluation, load_all, load_preview
 from stratagem.programs.sample import SampleConfig
+from stratagem.programs.train_log import read_log
 from stratagem.stages import Stages
 
 __all__ = ["Agreement", "RunResult", "join_seeds", "read_run"]
@@ -49,7 +49,7 @@ class RunResult:
         name: Its label.
         evaluations: By step; of several seeds their means.
         cost: Parameters and MACs.
-        rate: Median training images per second.
+        rate: Median training images per second; None of a run that was not trained here.
         preview: Samples of the last checkpoint, their neighbours and distances.
         setting: What it has in common with runs that differ in the seed alone; empty for nothing.
         bank: Its memory bank, or None.
@@ -62,7 +62,7 @@ class RunResult:
     name: str
     evaluations: list[Evaluation]
     cost: Cost
-    rate: float
+    rate: float | None
     preview: dict[str, Tensor]
     setting: str = ""
     bank: MemoryBank | None = None
@@ -84,14 +84,12 @@ def read_run(name: str, path: Path) -> RunResult:
     """
     evaluations = load_all(path)
     model = open_run(path, step=evaluations[-1].step)
-    log = path / "metrics.jsonl"
-    lines = log.read_text().splitlines() if log.is_file() else []
-    rates = [json.loads(line)["images_per_second"] for line in lines]
+    rates = [line["images_per_second"] for line in read_log(path / "metrics.jsonl")]
     return RunResult(
         name,
         evaluations,
         cost_of(model, SampleConfig(**evaluations[-1].protocol["sampling"])),
-        statistics.median(rates) if rates else float("nan"),
+        statistics.median(rates) if rates else None,
         load_preview(path, evaluations[-1].step),
         _setting(model.config),
         model.bank,
@@ -142,7 +140,7 @@ def _joined(runs: Sequence[RunResult]) -> RunResult:
         runs[0],
         name=f"{shared.rstrip('-_ .') or runs[0].name} ({len(runs)} seeds)",
         evaluations=[_mean_evaluation(column) for column in columns],
-        rate=statistics.fmean(r.rate for r in runs),
+        rate=statistics.fmean(rates) if (rates := [r.rate for r in runs if r.rate]) else None,
         bands=[_band([e.distances for e in column]) for column in columns],
         seeds=len(runs),
     )

@@ -41,6 +41,7 @@ from stratagem.denoiser import Predictor
 from stratagem.errors import InputError
 from stratagem.guidance import ClassifierFree, Interval
 from stratagem.programs import Progress, silent
+from stratagem.programs.machine import tf32
 from stratagem.programs.sample_files import KIND, Form, write_samples
 from stratagem.programs.snippets import Choice, choose
 from stratagem.programs.solvers import SampleConfig, SamplerName, make_solver
@@ -110,6 +111,7 @@ class _Work:
         for start in range(rows.start, rows.stop, self.cfg.batch_size):
             yield self._batch(slice(start, min(start + self.cfg.batch_size, rows.stop)))
 
+    @tf32()
     def _batch(self, rows: slice) -> Tensor:
         model, condition = self.model, dict[str, Any]()
         if model.bank is not None and self.snippets is not None:
@@ -174,7 +176,7 @@ def sample_into(
         InputError: If a setting is impossible, or `out` or an unfinished call was made with others.
         DamagedArtifact: If a file of an unfinished call was altered.
     """
-    meta, folder, there = _meta(model, cfg, form), out.with_name(f"{out.name}.part"), 0
+    meta, folder, there = _meta(model, cfg, form), out.parent / f"{out.name}.part", 0
     if not _is_done(out, meta):
         try:
             work = _Work(model, cfg)

@@ -38,7 +38,6 @@ __all__ = [
     "Source",
     "held",
     "holds_images",
-    "is_dataset",
     "of_dataset",
     "open_source",
     "read_statistics",
@@ -122,9 +121,10 @@ def open_source(path: Path, channels: int | None = None) -> Source:
         InputError: If there are no images, or of several sizes.
         DamagedArtifact: If it is an artifact of ours that was altered.
     """
-    if is_dataset(path):
+    kind = artifact.kind_of(path)
+    if kind == DATASET:
         return of_dataset(DataSet.open(path))
-    if (path / artifact.MANIFEST).is_file():
+    if kind is not None:
         artifact.read_folder(path, SAMPLES)
     if (path / "config.yaml").is_file():
         raise InputError(f"{path} is a run: sample it, and give the folder of its samples")
@@ -132,15 +132,10 @@ def open_source(path: Path, channels: int | None = None) -> Source:
     return _of_npz(files[0], channels) if files else _of_folder(path, channels)
 
 
-def is_dataset(path: Path) -> bool:
-    """Says whether a path is a data set artifact."""
-    manifest = path / artifact.MANIFEST
-    return manifest.is_file() and artifact.load_json(manifest).get("kind") == DATASET
-
-
 def holds_images(npz: Path) -> bool:
     """Says whether an npz, of statistics, has images as well."""
-    return "arr_0.npy" in zipfile.ZipFile(npz).namelist()
+    with zipfile.ZipFile(npz) as archive:
+        return "arr_0.npy" in archive.namelist()
 
 
 def read_statistics(path: Path) -> Summary | None:
@@ -151,15 +146,18 @@ def read_statistics(path: Path) -> Summary | None:
     """
     if path.suffix != ".npz" or not zipfile.is_zipfile(path):
         return None
-    with np.load(path) as file:
-        if "mu" not in file:
-            return None
-        pooled, spatial = (
-            Statistics(torch.from_numpy(file[mu]).double(), torch.from_numpy(file[c]).double(), 0)
-            if mu in file and c in file
-            else None
-            for mu, c in (("mu", "sigma"), ("mu_s", "sigma_s"))
-        )
+    try:
+        with np.load(path) as file:
+            names = [name for name in ("mu", "sigma", "mu_s", "sigma_s") if name in file]
+            told = {name: torch.from_numpy(file[name]).double() for name in names}
+    except (ValueError, TypeError, OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} holds no statistics that can be read: {error}") from error
+    if "mu" not in told:
+        return None
+    pooled, spatial = (
+        Statistics(told[mu], told[c], 0) if mu in told and c in told else None
+        for mu, c in (("mu", "sigma"), ("mu_s", "sigma_s"))
+    )
     for found in (pooled, spatial):
         if found is not None and found.cov.shape != (found.dim, found.dim):
             raise InputError(f"{path}: a mean of {found.dim}, a covariance {found.cov.shape}")

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from stratagem.artifact import refuse_existing
 from stratagem.assemble import Model, make_density, make_schedule, open_run
 from stratagem.batches import Batches, Conditions, Snippets
 from stratagem.clustering.affinity import gradient_affinity
@@ -38,7 +39,7 @@ from stratagem.data.shards import DataSet
 from stratagem.errors import InputError
 from stratagem.memory.bank import MemoryBank
 from stratagem.objective import Objective
-from stratagem.programs import Device, Progress, device_of, silent
+from stratagem.programs import Device, Progress, device_of, part_of, silent
 from stratagem.programs.cost import call_times
 from stratagem.programs.sample import SampleConfig
 from stratagem.programs.stages_page import stages_page
@@ -137,12 +138,11 @@ def stages(
         InputError: If an artifact is missing or of other data, `out` exists, a setting is out of
             range or has no effect, or the method cannot make so many stages.
     """
+    refuse_existing(out, replace=False)
     page = out.with_suffix(".html")
     if out == page:
         raise InputError(f"--out {out}: name a JSON file; the page takes its name with .html")
-    for file in (out, page):
-        if file.exists():
-            raise InputError(f"{file} already exists: remove it or choose another name")
+    refuse_existing(page, replace=False)
     _check(config, method)
     images = open_data(data)
     model = _trained(config.run, images) if config.run is not None else None
@@ -154,7 +154,7 @@ def stages(
     search, without = job.by_gradient(model) if model is not None else job.by_data()
     record = _record(search, without, axis, images) | {"schedule": diffusion.schedule}
     search.stages.save(out, record)
-    save_page(page, stages_page(search, without, record))
+    save_page(page, stages_page(record))
     return record
 
 
@@ -255,7 +255,7 @@ class _Job:
             seed=self.seed,
             space=cfg.space,
             data_range=data_range if cfg.space == "x" else None,
-            progress=lambda done, total: self.progress(part * total + done, parts * total),
+            progress=part_of(self.progress, part, parts),
         )
 
 

@@ -179,7 +179,8 @@ def _claim(out: Path, config: RunConfig, parts: Parts) -> None:
         _compare(old, config, out)
         made = read_record(out / "run.json", "run").meta
         if made != parts.description:
-            names = sorted(k for k in made if made[k] != parts.description.get(k))
+            now = parts.description
+            names = sorted(k for k in made | now if made.get(k, "") != now.get(k, ""))
             raise InputError(
                 f"{out} was made from other input ({', '.join(names)} changed): choose another "
                 "--out, or give back the files it was made from"
@@ -204,13 +205,11 @@ def _compare(old: RunConfig, new: RunConfig, out: Path) -> None:
     old = dataclasses.replace(old, train=dataclasses.replace(old.train, **mask))
     if old == new:
         return
-    before, after = dataclasses.asdict(old), dataclasses.asdict(new)
-    key = next(k for k in after if before[k] != after[k])
-    if isinstance(before[key], dict) and isinstance(after[key], dict):
-        inner = next(k for k in after[key] if before[key][k] != after[key][k])
-        change = f"{key}.{inner} is {after[key][inner]!r}, was {before[key][inner]!r}"
-    else:
-        change = f"{key} is {after[key]!r}, was {before[key]!r}"
+    key, was, now = "", dataclasses.asdict(old), dataclasses.asdict(new)
+    while isinstance(was, dict) and isinstance(now, dict):
+        inner = next(k for k in now if was[k] != now[k])
+        key, was, now = f"{key}.{inner}", was[inner], now[inner]
+    change = f"{key[1:]} is {now!r}, was {was!r}"
     raise InputError(f"{out} holds another run ({change}): choose another --out")
 
 

@@ -113,8 +113,9 @@ def _tensorboard(out: Path, config: RunConfig, step: int, held: ExitStack) -> Si
     held.callback(writer.close)
 
     def write(line: Line) -> None:
-        for name in line.keys() - {"step"}:
-            writer.add_scalar(name, line[name], line["step"])
+        for name, value in line.items():
+            if name != "step":
+                writer.add_scalar(name, value, line["step"])
 
     return write
 

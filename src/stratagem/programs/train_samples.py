@@ -89,6 +89,7 @@ class SamplePictures:
 
 def _model(out: Path, config: RunConfig, parts: Parts, device: torch.device) -> Model:
     made, snippets = parts.description, parts.batches.conditions.snippets
+    bank = None if snippets is None else snippets.bank
     try:
         finish = finish_of(made, config.train.samples_autoencoder)
     except InputError as error:
@@ -98,17 +99,8 @@ def _model(out: Path, config: RunConfig, parts: Parts, device: torch.device) -> 
             "train.samples_every: this run learns latents; give train.samples_autoencoder, which "
             "makes images of them, or set it to 0"
         )
-    return Model(
-        copy.deepcopy(parts.objective.denoiser).eval().requires_grad_(False).to(device),
-        config,
-        tuple(made["shape"]),
-        made["num_classes"],
-        None if snippets is None else snippets.bank,
-        0,
-        made["data"],
-        out,
-        finish,
-    )
+    denoiser = copy.deepcopy(parts.objective.denoiser).eval().requires_grad_(False).to(device)
+    return Model(denoiser, config, made, bank, 0, out, finish)
 
 
 def picture_of(blocks: list[Tensor]) -> Image.Image:

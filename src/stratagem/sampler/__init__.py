@@ -12,26 +12,15 @@ from __future__ import annotations
 
 from stratagem.grid import time_grid
 from stratagem.sampler.base import Noise, Predict, Sampler, sample
-from stratagem.sampler.dpm_solver import (
-    DPMMultistep,
-    DPMSinglestep,
-    DPMSolver2M,
-    singlestep_orders,
-)
+from stratagem.sampler.dpm_solver import DPMMultistep, DPMSinglestep, singlestep_orders
 from stratagem.sampler.ode import DDIM, Euler, Heun
-from stratagem.sampler.stochastic import (
-    ChurnHeun,
-    EulerMaruyama,
-    StochasticHeun,
-    sigma_diffusion,
-)
+from stratagem.sampler.stochastic import ChurnHeun, EulerMaruyama, StochasticHeun, sigma_diffusion
 
 __all__ = [
     "DDIM",
     "ChurnHeun",
     "DPMMultistep",
     "DPMSinglestep",
-    "DPMSolver2M",
     "Euler",
     "EulerMaruyama",
     "Heun",

@@ -23,18 +23,16 @@ A step where h is infinite (from alpha_t = 0, to sigma_s = 0) is DDIM.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stratagem.denoiser import Prediction
 from stratagem.errors import InputError
 from stratagem.sampler.base import Predict, Sampler
 from stratagem.schedule import NoiseSchedule
 
-__all__ = ["DPMMultistep", "DPMSinglestep", "DPMSolver2M", "singlestep_orders"]
+__all__ = ["DPMMultistep", "DPMSinglestep", "singlestep_orders"]
 
 Predicts = Literal["x", "eps"]
 
@@ -124,10 +122,6 @@ class DPMMultistep(Sampler):
         return b2 * (slope + r_0 * half_curve) + (b3 if self.halved else 2 * b3) * half_curve
 
 
-DPMSolver2M = partial(DPMMultistep, 2)
-"""DPM-Solver++(2M)."""
-
-
 class DPMSinglestep(Sampler):
     """The singlestep solvers, such as DPM-Solver-3; Algorithms 1 and 2 of arXiv:2206.00927.
 
@@ -183,12 +177,10 @@ class DPMSinglestep(Sampler):
             h_u = _half_log_snr(schedule, u) - here
             x_u = schedule.perturb(*start, u)
             x_u = x_u + _gains(self.predicts, schedule, u, h_u)[1] * h_u * slope
-            slope = self._change(start, predict(x_u, u)) / h_u
+            there = getattr(predict(x_u, u), self.predicts)
+            slope = (there - getattr(start, self.predicts)) / h_u
         b1, b2, _b3 = _gains(self.predicts, schedule, s, h)
         return x_s + (b1 / 2 if order == 2 else b2) * h * slope, number + 1
-
-    def _change(self, start: Prediction, later: Prediction) -> Tensor:
-        return getattr(later, self.predicts) - getattr(start, self.predicts)
 
     def _times_between(
         self, t: Tensor, s: Tensor, order: int, schedule: NoiseSchedule

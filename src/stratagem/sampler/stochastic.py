@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,10 +32,16 @@ def sigma_diffusion(schedule: NoiseSchedule, t: Tensor) -> Tensor:
 
     The noise is renewed at the rate w / sigma^2. Where sigma falls faster than in proportion to t
     (EDM) that outgrows any step near the data: there take a w in proportion to sigma^2.
+
+    Example:
+        >>> from stratagem.schedule import Linear
+        >>> sigma_diffusion(Linear(), torch.tensor(0.25))
+        tensor(0.2500)
     """
     return schedule.sigma(t)
 
 
+@dataclass(frozen=True)
 class EulerMaruyama(Sampler):
     """Euler-Maruyama for the reverse SDE of Ma et al. 2024, arXiv:2401.08740.
 
@@ -48,9 +55,7 @@ class EulerMaruyama(Sampler):
 
     order = 1
     stochastic = True
-
-    def __init__(self, diffusion: Diffusion = sigma_diffusion) -> None:
-        self.diffusion = diffusion
+    diffusion: Diffusion = sigma_diffusion
 
     def step(
         self,
@@ -70,6 +75,7 @@ class EulerMaruyama(Sampler):
         return x_s + (2 * w * (t - s)).sqrt() * noise(), state
 
 
+@dataclass(frozen=True)
 class StochasticHeun(Sampler):
     """Noise first, then the trapezoidal rule; the SDE and `diffusion` of `EulerMaruyama`.
 
@@ -82,9 +88,7 @@ class StochasticHeun(Sampler):
 
     order = 1
     stochastic = True
-
-    def __init__(self, diffusion: Diffusion = sigma_diffusion) -> None:
-        self.diffusion = diffusion
+    diffusion: Diffusion = sigma_diffusion
 
     def step(
         self,
