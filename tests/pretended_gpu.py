@@ -272,6 +272,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
         "get_rng_state": lambda *_, **__: torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": lambda *_, **__: None,
         "get_device_name": lambda *_, **__: "NVIDIA H200",
+        "get_device_capability": lambda *_, **__: (9, 0),
         "synchronize": lambda *_, **__: gpu.arrive(),
         "max_memory_allocated": lambda *_, **__: 1 << 30,
         "reset_peak_memory_stats": lambda *_, **__: None,

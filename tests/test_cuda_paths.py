@@ -67,7 +67,9 @@ from stratagem.train_config import TrainConfig
 from tolerances import FLOAT32, assert_near
 
 SIZES = Blank(shape=(1, 8, 8), memory_dim=12, classes=5, token_dim=9)
-TRAIN = TrainConfig(batch_size=12, threads=1, learning_rate=1e-3, ema_stds=(0.05, 0.1))
+TRAIN = TrainConfig(
+    batch_size=12, threads=1, learning_rate=1e-3, ema_stds=(0.05, 0.1), precision="float32"
+)
 TRANSFORMER = ModelConfig(width=16, depth=2, heads=2, patch=4, labels=True)
 
 
@@ -226,7 +228,8 @@ def test_a_run_ends_and_goes_on_there_and_here(
 ) -> None:
     """The whole program: pictures, snapshots, log, checkpoints; then on from them on the CPU."""
     cfg = TrainConfig(
-        steps=4, batch_size=8, device="cuda", learning_rate=1e-3, threads=1, log_every=1,
+        steps=4, batch_size=8, device="cuda", precision="float32", threads=1, log_every=1,
+        learning_rate=1e-3,
         checkpoint_every=2, ema_stds=(0.1,), ema_snapshot_every=2, samples_every=4,
     )  # fmt: skip
     config = RunConfig(

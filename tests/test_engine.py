@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ from stratagem.prefetch import Prefetch, threads_for, to_device
 from stratagem.programs.train import train
 from stratagem.stopping import Finite, Interrupted, StopFlag
 from stratagem.train import TrainState, fit, prepare_blocks, train_step
-from stratagem.train_config import TrainConfig
+from stratagem.train_config import TrainConfig, in_bf16
 from tolerances import FLOAT32
 
 
@@ -355,6 +355,27 @@ def test_batches_are_made_while_a_step_runs() -> None:
             batches.take()
             assert made[step + 1].wait(60)  # without anybody asking for it
             assert made[step + 2].wait(60)
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "expected"),
+    [
+        ("auto", (9, 0), True),
+        ("auto", (7, 5), False),
+        ("float32", (9, 0), False),
+        ("bf16", (7, 5), True),
+    ],
+)
+def test_bf16_is_for_gpus_that_multiply_it(
+    monkeypatch: pytest.MonkeyPatch,
+    precision: Literal["auto", "float32", "bf16"],
+    capability: tuple[int, int],
+    expected: bool,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    cfg = TrainConfig(precision=precision)
+    assert in_bf16(cfg, torch.device("cuda", 0)) == expected
+    assert in_bf16(cfg, torch.device("cpu")) == (precision == "bf16")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,6 +128,15 @@ def test_the_estimate_of_activations_is_near_a_batch_of_the_run(
         assert estimate < 0.2 * kept
     else:
         assert estimate == pytest.approx(kept, rel=0.03)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_plan_for_a_gpu_that_is_not_here_is_in_bf16(run: RunConfig) -> None:
+    def kept(**settings: Any) -> int:
+        return plan(replace(run, train=replace(run.train, **settings))).memory.activations
+
+    assert kept(device="cuda") == kept(precision="bf16") != kept()
+    assert kept(device="cuda", precision="float32") == kept()
 
 
 def test_activations_go_with_the_rows_of_a_pass(run: RunConfig) -> None:

@@ -39,7 +39,7 @@ from stratagem.optimizers import blocks_of, make_optimizers
 from stratagem.prefetch import Prefetch, threads_for, to_device
 from stratagem.stage_draw import StageDraw, stage_sums
 from stratagem.stopping import Finite, Interrupted, StopFlag
-from stratagem.train_config import TrainConfig, learning_rate
+from stratagem.train_config import TrainConfig, in_bf16, learning_rate
 
 __all__ = [
     "Hook",
@@ -252,8 +252,8 @@ def _seed(number: int, device: torch.device) -> None:
 
 
 def _losses(state: TrainState, part: Batch, cfg: TrainConfig) -> Losses:
-    bf16 = cfg.precision == "bf16"
-    with torch.autocast(state.world.device.type, torch.bfloat16, enabled=bf16):
+    device = state.world.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(cfg, device)):
         return state.wrapped.call(part.x, part.eps, part.t, stage=part.stage, **part.condition)
 
 

@@ -11,9 +11,11 @@ from stratagem.data.order import Sampling
 from stratagem.distributed import Parallel
 from stratagem.optimizers import Algorithm
 
-__all__ = ["Log", "TrainConfig", "learning_rate"]
+__all__ = ["Log", "TrainConfig", "in_bf16", "learning_rate"]
 
 Log = Literal["tensorboard", "wandb"]
+
+_MULTIPLIES_BF16 = (8, 0)  # compute capability, Ampere; older GPUs imitate it, slowly
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class TrainConfig:
             latents.
         threads: CPU threads; 0 measures which number is fastest here.
         device: "cpu", "cuda", or "auto": a GPU if there is one.
-        precision: Of the network's products: "float32" or "bf16"; weights, moments, averages and
-            losses are float32 always.
+        precision: Of the network's products: "float32", "bf16", or "auto": bf16 on a GPU that
+            multiplies it. Weights, moments, averages and losses are float32 always.
         compile: Whether the blocks are compiled.
         activation_checkpointing: Whether a block's inside is computed again in the backward pass,
             which saves its memory.
@@ -94,13 +96,25 @@ class TrainConfig:
     samples_autoencoder: str | None = None
     threads: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["float32", "bf16"] = "float32"
+    precision: Literal["auto", "float32", "bf16"] = "auto"
     compile: bool = False
     activation_checkpointing: bool = False
     parallel: Parallel = "ddp"
     sharded_checkpoints: bool = False
     nonfinite: Literal["stop", "skip"] = "stop"
     nonfinite_limit: int = 10
+
+
+def in_bf16(cfg: TrainConfig, device: torch.device) -> bool:
+    """Says whether the network's products are in bfloat16 on a device.
+
+    Example:
+        >>> in_bf16(TrainConfig(), torch.device("cpu"))
+        False
+    """
+    if cfg.precision != "auto":
+        return cfg.precision == "bf16"
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _MULTIPLIES_BF16
 
 
 def learning_rate(step: int, cfg: TrainConfig) -> float:

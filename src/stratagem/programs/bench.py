@@ -39,7 +39,7 @@ from stratagem.programs.machine import device_name, peak_bytes, product_rate, sh
 from stratagem.programs.sample import SampleConfig, sample_run
 from stratagem.stopping import StopFlag
 from stratagem.train import Hook, TrainState, fit
-from stratagem.train_config import TrainConfig
+from stratagem.train_config import TrainConfig, in_bf16
 
 __all__ = ["SampleSpeed", "Speed", "bench_sample", "bench_train"]
 
@@ -167,7 +167,8 @@ class _Turns:
         self._begun = 0.0  # of this turn
         self._adamw = torch.optim.AdamW(state.objective.parameters(), lr=0.0, fused=True)
         self._seconds = defaultdict[str, list[float]](list)
-        self._rates = [product_rate(self._device, cfg.precision)]
+        self._bf16 = in_bf16(cfg, self._device)
+        self._rates = [product_rate(self._device, self._precision)]
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         self._bare(2)
@@ -176,6 +177,10 @@ class _Turns:
         affordable = seconds / 2.5 / step
         self._num = max(2, min(200, round(affordable / (ROUNDS + 1))))
         self._rounds = max(2, min(ROUNDS, round(affordable / self._num) - 1))
+
+    @property
+    def _precision(self) -> str:
+        return "bf16" if self._bf16 else "float32"
 
     def run(self) -> None:
         """Lets the loop run, with bare steps and single parts of a step between its turns."""
@@ -201,7 +206,7 @@ class _Turns:
         self._adamw.zero_grad(set_to_none=True)
         self._timed("ema", lambda n: [ema.update(state.step) for _ in range(n)], few)
         self._timed("data", lambda n: [self._batches(step) for step in range(n)], few)
-        self._rates.append(product_rate(self._device, self._cfg.precision))
+        self._rates.append(product_rate(self._device, self._precision))
         self._progress(done, self._rounds)
         self._begun = time.perf_counter()
 
@@ -211,13 +216,13 @@ class _Turns:
         loop, bare, size = median["loop"], median["bare"], self._cfg.batch_size
         turns = zip(self._seconds["bare"][1:], self._seconds["loop"], strict=True)
         peak, rate = max(self._rates), 6 * each * size / loop
-        sheet = sheet_rate(self._device) if self._cfg.precision == "bf16" else None
+        sheet = sheet_rate(self._device) if self._bf16 else None
         parts = {name: median[name] for name in ("forward", "optimizer", "clip", "ema", "data")}
         parts["backward"] = bare - parts["forward"] - parts["optimizer"]
         parts["rest"] = loop - bare - parts["clip"] - parts["ema"]
         return Speed(
             device_name(self._device),
-            self._cfg.precision,
+            self._precision,
             size,
             parameters(self._state.objective),
             each,
@@ -233,8 +238,8 @@ class _Turns:
         )
 
     def _loss(self) -> Tensor:
-        batch, bf16 = next(self._some), self._cfg.precision == "bf16"
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=bf16):
+        batch = next(self._some)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
             call = self._state.wrapped.call
             losses = call(batch.x, batch.eps, batch.t, stage=batch.stage, **batch.condition)
         return torch.stack([part.mean() for part in losses if part is not None]).sum()

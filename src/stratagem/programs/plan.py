@@ -30,12 +30,14 @@ from stratagem.nets.multi_decoder import MultiDecoder
 from stratagem.networks import make_backbone
 from stratagem.objective import Objective
 from stratagem.optimizers import blocks_of, make_optimizers
+from stratagem.programs import device_of
 from stratagem.programs.blank import Blank, sized_inputs
 from stratagem.programs.cost import Cost, Visits, blank_images, network_cost, visits
 from stratagem.programs.sample import SampleConfig
 from stratagem.stage_draw import quotas
 from stratagem.tailor import Setting, Tailoring, difficulty, tailor
 from stratagem.train import prepare_blocks
+from stratagem.train_config import TrainConfig, in_bf16
 
 __all__ = ["Memory", "Plan", "plan", "tailored"]
 
@@ -243,6 +245,13 @@ def _memory(objective: Objective, config: RunConfig, made: dict[str, Any], met: 
     return Memory(weights, weights, moments, averages, activations, weights + moments + averages)
 
 
+def _in_bf16(train: TrainConfig) -> bool:
+    """Says whether products will be in bfloat16; a GPU that is not here is taken for a new one."""
+    if train.device == "cuda" and not torch.cuda.is_available():
+        return train.precision != "float32"
+    return in_bf16(train, torch.device(device_of(train.device)))
+
+
 def _activations(objective: Objective, config: RunConfig, made: dict[str, Any], met: Visits) -> int:
     """Estimates the bytes that a pass keeps: those of network and head, the losses' left out."""
     train, backbone = config.train, objective.denoiser.backbone
@@ -254,7 +263,7 @@ def _activations(objective: Objective, config: RunConfig, made: dict[str, Any], 
         batches = (
             [*range(len(met.draws))] if single else [quotas(met.draws, max(rows, len(met.draws)))]
         )
-    with torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bf16"):
+    with torch.autocast("cpu", torch.bfloat16, enabled=_in_bf16(train)):
         kept = max(saved_bytes(backbone, x_t, t, stage=b, **condition) for b in batches)
         if objective.head is not None:
             tokens = (made["shape"][1] // config.model.patch) ** 2
