@@ -280,7 +280,7 @@ def test_training_images_as_samples_are_copies(work: Path, tmp_path: Path) -> No
 
 
 WRONG = {
-    "audit nowhere --data {data} --out {out}": "nowhere",
+    "audit nowhere --data {data} --out {out} --steps 3": "nothing at nowhere",
     "audit {work}/samples --data nowhere --out {out}": "nowhere",
     "audit {work}/samples --data {data} --out {out} --num 0": "at least 1",
     "audit {work}/samples --data {data} --out {out} --steps 3": "no run to sample",

@@ -258,6 +258,7 @@ WRONG = {
     "sample runs/both --out x --bank nowhere": "--bank",
     "sample runs/both --out x --num 0": "at least 1",
     "evaluate nowhere --reference data --features pixels": "nowhere",
+    "evaluate nowhere --reference data --features pixels --steps 3": "nothing at nowhere",
     "evaluate samples --reference data --features inception": "--weights",
     "evaluate samples --reference data --weights run.yaml": "inception",
     "evaluate samples --reference data --features inception --weights run.yaml": "run.yaml",

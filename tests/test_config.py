@@ -66,6 +66,10 @@ WRONG = {
     "data must be text": {"data": 5},
     "model must be a section": {"model": 5},
     "stages.depths must be a list": {"stages": {"file": "s", "shared": 1, "depths": 3}},
+    "it ends in pure noise": {"diffusion": {"parameterization": "eps"}},
+    "eps does not go with diffusion.schedule cosine": {
+        "diffusion": {"schedule": "cosine", "parameterization": "eps"}
+    },
     "choose one of linear, cosine": {"diffusion": {"schedule": "linar"}},
     "train.steps is 0: it must be above 0": {"train": {"steps": 0}},
     "train.learning_rate is nan": {"train": {"learning_rate": float("nan")}},

@@ -152,7 +152,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "stages": MULTI,
         "diffusion": DiffusionConfig("edm", "edm", "log-normal"),
     },
-    "adm": {"unet": unet("adm", labels=True), "diffusion": DiffusionConfig("cosine", "eps")},
+    "adm": {"unet": unet("adm", labels=True), "diffusion": DiffusionConfig("cosine", "x")},
     "ldm": {
         "unet": unet("ldm"),
         "stages": dataclasses.replace(MULTI, shared_middle=False),

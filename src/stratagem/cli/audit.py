@@ -66,6 +66,8 @@ def audit(
     """
     if config.num < 1:
         raise InputError(f"--num {config.num}: audit at least 1 sample")
+    if not target.exists():
+        raise InputError(f"nothing at {target}: give a run, a folder of images or an npz")
     run = (target / "config.yaml").is_file()
     usual = dataclasses.replace(config, num=_SAMPLING.num) == _SAMPLING
     if not run and not (usual and opening == _OPENING):

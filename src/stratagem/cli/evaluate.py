@@ -71,6 +71,9 @@ def evaluate(
     runs = [path for path in (*targets, reference) if (path / "config.yaml").is_file()]
     if not targets:
         raise InputError("name at least one run, folder of images, npz or data set")
+    missing = [path for path in (*targets, reference) if not path.exists()]
+    if missing:
+        raise InputError(f"nothing at {missing[0]}: give a run, folder of images, npz or data set")
     if not runs and (config != _SAMPLING or opening != _OPENING):
         raise InputError("settings of sampling have no effect: there is no run to sample")
     with connect(device) as world, ExitStack() as files:

@@ -56,6 +56,12 @@ def check(config: RunConfig) -> None:
             f"diffusion.parameterization {diffusion.parameterization} does not go with "
             f"diffusion.schedule {diffusion.schedule}: edm needs edm"
         )
+    if diffusion.parameterization == "eps" and diffusion.schedule in {"linear", "cosine"}:
+        raise InputError(
+            "diffusion.parameterization eps does not go with diffusion.schedule "
+            f"{diffusion.schedule}: it ends in pure noise, where sampling begins and noise tells "
+            "nothing of the image; give parameterization v or x, or schedule vp"
+        )
     shape = (diffusion.density_mean, diffusion.density_std)
     if diffusion.density == "uniform" and shape != (0.0, 1.0):
         raise InputError("diffusion.density_mean and density_std have no effect on density uniform")
