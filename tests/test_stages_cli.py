@@ -224,7 +224,7 @@ def test_baselines_look_at_no_image(blobs_path: Path, tmp_path: Path, method: st
 WRONG = {
     "--num 0": "0 stages: ask for at least 1",
     "--eta 0": "--eta 0: give a number above 0",
-    "--method optimal-denoiser --alpha 2": "alpha = 2.0",
+    "--alpha 2": "alpha = 2.0",
     "--samples 1": "--samples 1: ask for at least 2",
     "--times 2": "2 times for 3 stages",
     "--images 33": "has 32 training images, give 2 to 32",
@@ -238,7 +238,7 @@ WRONG = {
     "--method gradient": "name one with --run",
     "--method gradient --run nowhere": "not a run",
     "--method gradient --run RUN --schedule vp": "--schedule has no effect on method gradient",
-    "--run RUN": "--run has no effect on method dp",
+    "--run RUN": "--run has no effect on the default method",
     "--temperature 1": "--temperature has no effect without --memory",
     "--memory nowhere": "nowhere",
     "--memory BANK --temperature 0": "temperature = 0",
@@ -316,3 +316,18 @@ def test_latents_are_searched_as_the_network_sees_them(tmp_path: Path) -> None:
     assert main(words) == 0  # made from the images, it serves their latents
     told = find(latents.path, tmp_path / "m.json", "--method", "dp", "--memory", str(bank), *QUICK)
     assert told["without_memory"]["edges"] == found["edges"]
+
+
+def test_where_there_are_no_thresholds_dp_is_taken_and_said(
+    blobs_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = find(blobs_path, tmp_path / "s.json", "--samples", "8", "--times", "20")
+    assert record["method"] == "optimal-denoiser"
+    assert "thresholds" not in record["parameters"]
+    few = ["--samples", "8", "--times", "20", "--eta", "4000"]
+    line = ["stages", str(blobs_path), "--out", str(tmp_path / "flat.json"), *few]
+    assert main(line) == 0
+    said = capsys.readouterr().out
+    assert "stages by dp" in said
+    assert "not by thresholds: agreement with the clean end never falls" in said
+    assert main([*line[:3], str(tmp_path / "n.json"), *few, "--method", "optimal-denoiser"]) == 2

@@ -21,7 +21,7 @@ def stages(
     /,
     out: Path,
     num: int = 3,
-    method: Method = "dp",
+    method: Method | None = None,
     config: Annotated[StageConfig, tyro.conf.arg(name="")] = StageConfig(),  # noqa: B008
     seed: int = 0,
     json: bool = False,
@@ -34,8 +34,9 @@ def stages(
         data: The data set.
         out: The JSON file to write; the page has its name with .html.
         num: How many stages.
-        method: dp (most agreement inside the stages), optimal-denoiser (the paper's thresholds and
-            their recursion), or a baseline: gradient (needs a run), snr, uniform.
+        method: optimal-denoiser (the paper's thresholds and their recursion), dp (most agreement
+            inside the stages), or a baseline: gradient (needs a run), snr, uniform. By default
+            optimal-denoiser, or dp where the data have no such thresholds.
         config: How to look for them.
         seed: Seed of all draws.
         json: Print JSON: all that OUT says but curves and matrices.
@@ -61,6 +62,8 @@ def _lines(out: Path, record: dict[str, Any]) -> list[str]:
     edges = record["edges"]
     num, page = len(edges) + 1, out.with_suffix(".html")
     lines = [f"{out}: {num} stages by {record['method']} ({page})"]
+    if "thresholds" in record["parameters"]:
+        lines.append(f"  and not by thresholds: {record['parameters']['thresholds']}")
     lines += [f"  edge at {_edge(edge)}" for edge in edges]
     bounds = ["0", *(f"{edge['t']:.3f}" for edge in edges), "1"]
     shares = zip(record["share_of_draws"], record["share_of_calls"], strict=True)

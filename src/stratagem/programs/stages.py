@@ -14,7 +14,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -101,7 +101,8 @@ _AXIS = {"schedule", "density", "density_mean", "density_std"}
 _AGREEMENT = _AXIS | {
     *("space", "eta", "times", "samples", "images", "memory", "temperature", "tolerance", "device"),
 }
-_EFFECT: dict[Method, set[str]] = {
+_EFFECT: dict[Method | None, set[str]] = {
+    None: _AGREEMENT | {"alpha", "min_mass"},
     "optimal-denoiser": _AGREEMENT | {"alpha"},
     "dp": _AGREEMENT | {"min_mass"},
     "gradient": {"run", "times", "samples", "device"},
@@ -115,7 +116,7 @@ def stages(
     out: Path,
     *,
     num: int = 3,
-    method: Method = "dp",
+    method: Method | None = None,
     seed: int = 0,
     config: StageConfig = StageConfig(),
     progress: Progress = silent,
@@ -126,7 +127,8 @@ def stages(
         data: The data set artifact.
         out: The JSON file to write; the page has its name with .html.
         num: How many stages.
-        method: How to find them, see `clustering.search`.
+        method: How to find them, see `clustering.search`; by default "optimal-denoiser", or "dp" of
+            the same curves where they have no thresholds.
         seed: Seed of all draws.
         config: All else.
         progress: Called with the work done and in all.
@@ -149,7 +151,7 @@ def stages(
     diffusion = _diffusion(config, model)
     schedule = make_schedule(diffusion.schedule)
     axis = Axis(schedule, make_density(diffusion, schedule), config.times)
-    check_search(axis, num, method, alpha=config.alpha, min_mass=config.min_mass)
+    check_search(axis, num, method or "dp", alpha=config.alpha, min_mass=config.min_mass)
     job = _Job(config, images, axis, num, method, seed, progress)
     search, without = job.by_gradient(model) if model is not None else job.by_data()
     record = _record(search, without, axis, images) | {"schedule": diffusion.schedule}
@@ -166,7 +168,7 @@ class _Job:
     data: DataSet
     axis: Axis
     num: int
-    method: Method
+    method: Method | None
     seed: int
     progress: Progress
 
@@ -192,11 +194,13 @@ class _Job:
         told = self._denoiser(points, _memory(cfg.memory, self.data, index))
         assert told.kernel is not None
         heat = told.kernel.temperature
-        plain = self._find(self._curves(denoiser, high - low, 0, 2), known)
+        without = self._curves(denoiser, high - low, 0, 2)
         curves = self._curves(told, high - low, 1, 2)
+        alone = dict(known)
         known |= {"memory": str(cfg.memory), "temperature": heat}
         try:
-            return self._find(curves, known), plain
+            found = self._find(curves, known)
+            return found, dataclasses.replace(self, method=found.method)._find(without, alone)
         except InputError as error:
             raise InputError(f"with snippets at temperature {heat:.3g}: {error}") from None
 
@@ -237,6 +241,13 @@ class _Job:
 
     def _find(self, evidence: Similarity | Tensor | None, known: dict[str, Any]) -> StageSearch:
         cfg = self.config
+        if self.method is None:
+            try:
+                return dataclasses.replace(self, method="optimal-denoiser")._find(evidence, known)
+            except InputError as error:
+                return dataclasses.replace(self, method="dp")._find(
+                    evidence, known | {"thresholds": str(error)}
+                )
         found = find_stages(
             self.axis, self.num, self.method, evidence, alpha=cfg.alpha, min_mass=cfg.min_mass
         )
@@ -341,15 +352,16 @@ def _edges(parts: Stages, schedule: NoiseSchedule) -> list[dict[str, float]]:
     ]
 
 
-def _check(cfg: StageConfig, method: Method) -> None:
+def _check(cfg: StageConfig, method: Method | None) -> None:
     """Refuses settings that are out of range or have no effect."""
     if method not in _EFFECT:
-        raise InputError(f"no method {method!r}: choose one of {', '.join(_EFFECT)}")
+        raise InputError(f"no method {method!r}: choose one of {', '.join(get_args(Method))}")
     for field in dataclasses.fields(cfg):
         if getattr(cfg, field.name) != field.default and field.name not in _EFFECT[method]:
             where = "the run says it" if field.name in _AXIS else "leave it out"
             name = field.name.replace("_", "-")
-            raise InputError(f"--{name} has no effect on method {method}: {where}")
+            by = "the default method" if method is None else f"method {method}"
+            raise InputError(f"--{name} has no effect on {by}: {where}")
     if cfg.density == "uniform" and (cfg.density_mean, cfg.density_std) != (0.0, 1.0):
         raise InputError("--density-mean and --density-std have no effect on density uniform")
     if cfg.memory is None and cfg.temperature is not None:
