@@ -196,13 +196,12 @@ class _Job:
         heat = told.kernel.temperature
         without = self._curves(denoiser, high - low, 0, 2)
         curves = self._curves(told, high - low, 1, 2)
-        alone = dict(known)
-        known |= {"memory": str(cfg.memory), "temperature": heat}
+        told_of = known | {"memory": str(cfg.memory), "temperature": heat}
         try:
-            found = self._find(curves, known)
-            return found, dataclasses.replace(self, method=found.method)._find(without, alone)
+            found = self._find(curves, told_of)
         except InputError as error:
             raise InputError(f"with snippets at temperature {heat:.3g}: {error}") from None
+        return found, dataclasses.replace(self, method=found.method)._find(without, known)
 
     def by_gradient(self, model: Model) -> tuple[StageSearch, None]:
         """Searches with the gradients of a trained network."""
